@@ -1,0 +1,67 @@
+# What a developer types. Each target sets up the environment first; that is quick when it is up to date.
+PYTHON ?= python3
+VENV ?= .venv
+# What `make test` runs, in the order of the arguments: the cheapest news first.
+TESTS ?= tests/unit tests/contract tests/integration tests/e2e
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+# How uv finds torch's CPU build when it resolves; empty where UV_FIND_LINKS or UV_INDEX already has it.
+UV_TORCH ?= --torch-backend cpu
+
+CODE := cluster model_plugins deployments scripts tests benchmarks
+BIN := $(abspath $(VENV))/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check lint fmt types imports fast-test bench tiny-model proto wheel lock clean
+
+help:  ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup:  ## Create or update .venv with everything for CPU
+	@$(PYTHON) scripts/setup_environment.py --venv "$(VENV)"
+
+demo: setup  ## Start the embedded cluster, ask it over gRPC and HTTP, print, stop
+	@$(BIN)/moeray demo
+
+test: setup  ## All CPU tests (TESTS=path narrows, PYTEST_ARGS adds)
+	$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
+
+check: lint types imports fast-test  ## What must pass before a commit: lint, types, imports, unit and contract tests
+
+lint: setup  ## ruff: format and rules
+	$(BIN)/ruff format --check $(wildcard $(CODE))
+	$(BIN)/ruff check $(wildcard $(CODE))
+
+fmt: setup  ## Let ruff format and fix
+	$(BIN)/ruff format $(wildcard $(CODE))
+	$(BIN)/ruff check --fix $(wildcard $(CODE))
+
+types: setup
+	$(BIN)/mypy
+
+imports: setup
+	PYTHONPATH=cluster:model_plugins:deployments $(BIN)/lint-imports --no-logo
+
+fast-test: setup
+	$(BIN)/python -m pytest tests/unit tests/contract $(PYTEST_ARGS)
+
+bench: setup  ## What the split costs: decode throughput against experts inside the engine (BENCH_ARGS adds)
+	$(BIN)/python benchmarks/decode.py $(BENCH_ARGS)
+
+tiny-model: setup  ## Make, train and evaluate the bundled model from scratch (an hour on one core)
+	$(BIN)/python -m moeray.tiny.train
+	$(BIN)/python -m moeray.tiny.evaluate
+
+proto: setup  ## Generate moeray.v1 from its .proto file
+	$(BIN)/python -m moeray.ingress.generate
+
+wheel: setup  ## Build dist/moeray-VERSION-py3-none-any.whl
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls -l dist/*.whl
+
+lock: setup  ## Resolve requirements/cpu.lock anew, keeping what still fits (UPGRADE=--upgrade for the newest)
+	$(BIN)/uv pip compile pyproject.toml --extra cpu --extra dev --python-version 3.11 --generate-hashes \
+		--no-emit-package torch $(UV_TORCH) $(UPGRADE) --custom-compile-command "make lock" --quiet -o requirements/cpu.lock
+
+clean:  ## Remove caches and builds (not .venv)
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
