@@ -1,0 +1,25 @@
+"""What a person may write about a cluster, checked at the edge, frozen inside."""
+
+from moeray.config.errors import ConfigError
+from moeray.config.load import load_config, parse_config, to_dict
+from moeray.config.schema import (
+    POOL_LABEL,
+    AttentionConfig,
+    ClusterConfig,
+    ExpertsConfig,
+    IngressConfig,
+    TransportConfig,
+)
+
+__all__ = [
+    "POOL_LABEL",
+    "AttentionConfig",
+    "ClusterConfig",
+    "ConfigError",
+    "ExpertsConfig",
+    "IngressConfig",
+    "TransportConfig",
+    "load_config",
+    "parse_config",
+    "to_dict",
+]

@@ -1,0 +1,97 @@
+"""cluster.yaml: every key, its default and its bounds, written once.
+
+The classes are frozen dataclasses that pydantic checks when a file is read; inside the product they are plain
+immutable values. Imports nothing heavy, so that `moeray --help` and bad input answer at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+POOL_LABEL = "pool"
+"""Ray node label that places the pools: a node started with `pool=attention`, `pool=experts` or `pool=ingress`."""
+
+_FROM_FILE = ConfigDict(extra="forbid", arbitrary_types_allowed=False)
+
+Count = Annotated[int, Field(strict=True, ge=1)]
+CountOrZero = Annotated[int, Field(strict=True, ge=0)]
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Port = Annotated[int, Field(strict=True, ge=1, le=65535)]
+Labels = Mapping[str, str]
+
+
+@dataclass(frozen=True, config=_FROM_FILE)
+class AttentionConfig:
+    """The attention shards: one vLLM engine each.
+
+    Attributes:
+        engine_args: handed to vLLM's AsyncEngineArgs as they are.
+        num_cpus, num_gpus: what each shard asks of its Ray node.
+        label_selector: Ray node labels a shard's node must carry; without it, `pool=attention` where such nodes exist.
+    """
+
+    num_shards: Count = 2
+    engine_args: dict[str, Any] = Field(default_factory=dict)
+    num_cpus: Share = 0.1
+    num_gpus: Share = 0
+    label_selector: Labels | None = None
+
+
+@dataclass(frozen=True, config=_FROM_FILE)
+class ExpertsConfig:
+    """The expert groups: each owns a slice of every layer's routed experts.
+
+    Attributes:
+        num_redundant: extra physical copies per layer.
+        label_selector: as in AttentionConfig, `pool=experts`.
+    """
+
+    num_groups: Count = 2
+    num_redundant: Annotated[int, Field(strict=True, ge=0, le=0)] = 0
+    num_cpus: Share = 0.1
+    num_gpus: Share = 0
+    label_selector: Labels | None = None
+
+
+@dataclass(frozen=True, config=_FROM_FILE)
+class TransportConfig:
+    """How dispatch and combine move bytes.
+
+    Attributes:
+        backend: gloo (CPU), nccl (GPU), local (experts inside each shard: the oracle, no expert group is started).
+        timeout_s: an expert group that has not answered a layer call by then is lost.
+    """
+
+    backend: Literal["gloo", "nccl", "local"] = "gloo"
+    timeout_s: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)] = 10.0
+
+
+@dataclass(frozen=True, config=_FROM_FILE)
+class IngressConfig:
+    """The front door.
+
+    Attributes:
+        host: address that both ports bind; loopback unless said otherwise, because this version has no authentication.
+    """
+
+    http_port: Port = 8000
+    grpc_port: Port = 50051
+    num_replicas: Count = 1
+    host: str = "127.0.0.1"
+    num_cpus: Share = 0.1
+    label_selector: Labels | None = None
+
+
+@dataclass(frozen=True, config=_FROM_FILE)
+class ClusterConfig:
+    """One cluster. `model` is a bundled name (moeray-tiny), a checkpoint directory or a hub id."""
+
+    model: Annotated[str, Field(min_length=1)] = "moeray-tiny"
+    attention: AttentionConfig = Field(default_factory=AttentionConfig)
+    experts: ExpertsConfig = Field(default_factory=ExpertsConfig)
+    transport: TransportConfig = Field(default_factory=TransportConfig)
+    ingress: IngressConfig = Field(default_factory=IngressConfig)

@@ -1,0 +1,67 @@
+"""A person's mistakes in cluster.yaml become one line that names the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moeray.config import ClusterConfig, ConfigError, load_config, parse_config, to_dict
+
+
+def test_no_file_means_the_documented_defaults() -> None:
+    config = load_config(None)
+    assert (config.model, config.attention.num_shards, config.experts.num_groups) == ("moeray-tiny", 2, 2)
+    assert (config.transport.backend, config.transport.timeout_s) == ("gloo", 10.0)
+    assert (config.ingress.http_port, config.ingress.grpc_port, config.ingress.num_replicas) == (8000, 50051, 1)
+
+
+def test_plain_data_round_trips() -> None:
+    config = parse_config({"model": "x", "attention": {"engine_args": {"max_model_len": 128}}})
+    assert parse_config(to_dict(config)) == config
+    assert config.attention.engine_args == {"max_model_len": 128}
+
+
+def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text("# nothing yet\n")
+    assert load_config(tmp_path / "cluster.yaml") == ClusterConfig()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"modle": "x"}, "modle: unknown key; did you mean model?"),
+        ({"attention": {"num_shard": 2}}, "attention.num_shard: unknown key; did you mean num_shards?"),
+        ({"ingress": {"zzz": 2}}, "ingress.zzz: unknown key; known keys here: http_port, grpc_port"),
+        ({"attention": {"num_shards": 0}}, r"attention.num_shards: .*greater than or equal to 1 \(got 0\)"),
+        ({"attention": {"num_shards": "2"}}, "attention.num_shards: .*integer"),
+        ({"ingress": {"http_port": True}}, "ingress.http_port: .*integer"),
+        ({"ingress": {"grpc_port": 70000}}, "ingress.grpc_port: .*65535"),
+        ({"experts": {"num_redundant": 1}}, "experts.num_redundant: must be 0 in this version"),
+        ({"transport": {"backend": "tcp"}}, "transport.backend: .*'gloo', 'nccl' or 'local'"),
+        ({"transport": {"timeout_s": float("nan")}}, "transport.timeout_s: .*finite"),
+        ({"model": ""}, "model: .*at least 1 character"),
+        (["model"], "must be a mapping"),
+    ],
+)
+def test_a_wrong_key_is_named_with_what_would_be_right(data: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(data)
+
+
+def test_every_wrong_key_is_reported_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"modle": "x", "attention": {"num_shards": 0}})
+    assert len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(("text", "message"), [("model: [", "line 1, column"), ("a: b: c", "is not YAML")])
+def test_bad_yaml_names_file_and_place(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "cluster.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=f"cluster.yaml.*{message}|cluster.yaml:.*{message}"):
+        load_config(tmp_path / "cluster.yaml")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing.yaml: cannot be read: No such file"):
+        load_config(tmp_path / "nothing.yaml")
