@@ -1,0 +1,26 @@
+"""How dispatch and combine move bytes between an attention shard and the expert groups."""
+
+from moeray.transport.connection import TransportSpec, connect
+from moeray.transport.errors import GroupFailed, HandshakeRefused, PeerLost, StaleGeneration, TransportError
+from moeray.transport.handshake import ModelIdentity
+from moeray.transport.interface import DispatchHandle, ExpertCompute, Transport
+from moeray.transport.local import LocalTransport
+from moeray.transport.server import GroupServer
+from moeray.transport.timings import HopTimings
+
+__all__ = [
+    "DispatchHandle",
+    "ExpertCompute",
+    "GroupFailed",
+    "GroupServer",
+    "HandshakeRefused",
+    "HopTimings",
+    "LocalTransport",
+    "ModelIdentity",
+    "PeerLost",
+    "StaleGeneration",
+    "Transport",
+    "TransportError",
+    "TransportSpec",
+    "connect",
+]

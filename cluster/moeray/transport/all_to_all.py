@@ -1,0 +1,275 @@
+"""The attention shard's end over any `Communicator`: Gloo on CPUs, NCCL on GPUs.
+
+One dispatch is one block to every group (header and rows together, see wire.py), a second message only to groups
+whose rows do not fit inline; one reply of known size comes back from every group. Nothing waits between dispatch and
+combine. A group without a row still takes part, so that death and generation are noticed everywhere.
+
+States: usable -> (PeerLost | StaleGeneration) -> poisoned: connections are dropped at once, so that the surviving
+groups free theirs, and every later call raises the same error. GroupFailed does not poison: all replies were read,
+the next layer call starts clean. A handle that was never combined is settled by the next dispatch.
+
+A dead group is noticed when its reply is waited for, group after group in ascending order: at once if the groups
+before it have answered, and in any case within timeout_s. What a layer call costs: `timings()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moeray.placement import Placement
+from moeray.transport.communicator import Communicator, Flight, LinkBroken, Message
+from moeray.transport.errors import GroupFailed, PeerLost, StaleGeneration, TransportError
+from moeray.transport.interface import DispatchHandle
+from moeray.transport.packing import DeviceBlocks, HostBlocks, as_numpy_rows, route_on_host
+from moeray.transport.reduction import weighted_sum
+from moeray.transport.rendezvous import ShardRendezvous
+from moeray.transport.timings import HopTimings, now_ns
+from moeray.transport.wire import STATUS_BYTES, Flags, Geometry, Header, Status, read_status
+
+
+@dataclass(slots=True, eq=False)
+class AllToAllHandle:
+    """One dispatch in flight: sizes and places, but no reference to a connection."""
+
+    generation: int
+    sequence: int
+    weights_TK: Tensor
+    source_P: Tensor
+    reply_rows: list[int]
+    dispatched_ns: int
+
+
+class AllToAllTransport:
+    """See `moeray.transport.interface.Transport`; made by `moeray.transport.connect`."""
+
+    def __init__(
+        self,
+        communicator: Communicator,
+        rendezvous: ShardRendezvous,
+        placement: Placement,
+        geometry: Geometry,
+        *,
+        timeout_s: float,
+        max_tokens: int,
+    ) -> None:
+        self._placement = placement
+        self._geometry = geometry
+        self._timeout_s = timeout_s
+        self._max_tokens = max_tokens
+        self._communicator: Communicator | None = communicator
+        self._rendezvous = rendezvous
+        self._flight: Flight | None = None
+        self._pending: AllToAllHandle | None = None
+        self._failure: Callable[[], TransportError] | None = None
+        self._sequence = 0
+        num_groups, device = placement.num_groups, communicator.device
+        owner_LE = torch.tensor([placement.group_of_expert(layer) for layer in range(placement.num_layers)])
+        self._owner_LE = owner_LE.to(device)
+        self._host_owner_LE = owner_LE.numpy()
+        self._host_blocks = HostBlocks(geometry, num_groups)
+        self._device_blocks = DeviceBlocks(geometry, num_groups, device) if communicator.bucketed else None
+        self._replies = torch.empty((0, geometry.hidden_size), dtype=geometry.dtype, device=device)
+        self._timings = HopTimings(pairs_per_group=[0] * num_groups)
+
+    @property
+    def generation(self) -> int:
+        return self._placement.generation
+
+    def timings(self) -> HopTimings:
+        """Running sums; see `HopTimings.per_layer_us`."""
+        return self._timings
+
+    def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> AllToAllHandle:
+        started = now_ns()
+        self._check_usable()
+        self._check_input(layer, x_TD, expert_ids_TK, weights_TK)
+        self._sequence += 1
+        if self._device_blocks is not None and len(x_TD) <= self._geometry.inline_rows:
+            sends, source_P, capacity = self._pack_on_device(self._device_blocks, layer, x_TD, expert_ids_TK)
+        else:
+            sends, source_P, capacity = self._pack_on_host(layer, x_TD, expert_ids_TK)
+        packed = now_ns()
+        reply_rows = [self._geometry.status_rows + pairs for pairs in capacity]
+        self._start(sends, reply_rows)
+        done = now_ns()
+        self._timings.pack_ns += packed - started
+        self._timings.send_ns += done - packed
+        self._timings.tokens += len(x_TD)
+        handle = AllToAllHandle(self.generation, self._sequence, weights_TK.clone(), source_P, reply_rows, done)
+        self._pending = handle
+        return handle
+
+    def combine(self, handle: DispatchHandle) -> Tensor:
+        started = now_ns()
+        self._check_usable(settle=False)
+        if handle is not self._pending or not isinstance(handle, AllToAllHandle):
+            raise TransportError("combine needs the handle of this transport's last dispatch, once")
+        self._settle(handle)
+        arrived = now_ns()
+        failure = self._read_statuses(handle)
+        if isinstance(failure, StaleGeneration):
+            self._poison(lambda: StaleGeneration(failure.group, failure.ours, failure.theirs))
+        if failure is not None:
+            raise failure
+        y_TD = weighted_sum(self._replies.index_select(0, handle.source_P), handle.weights_TK)
+        timings = self._timings
+        timings.calls += 1
+        timings.overlap_ns += started - handle.dispatched_ns
+        timings.wait_ns += arrived - started
+        timings.reduce_ns += now_ns() - arrived
+        return y_TD
+
+    def probe(self, timeout_s: float) -> None:
+        """Send every group an empty call and wait for its answer: the path and the generation are proved.
+
+        Raises:
+            PeerLost, StaleGeneration, GroupFailed: as combine.
+        """
+        self._sequence += 1
+        header = Header(self.generation, self._sequence, -1, 0, 0, 0, Flags.PROBE)
+        self._host_blocks.headers_NW[:] = header.words()
+        reply_rows = [self._geometry.status_rows] * self._placement.num_groups
+        nothing = torch.empty(0)
+        handle = AllToAllHandle(self.generation, self._sequence, nothing, nothing, reply_rows, 0)
+        sends = [(block.to(self._replies.device), 1 + group) for group, block in enumerate(self._host_blocks.blocks)]
+        self._start(sends, reply_rows)
+        self._settle(handle, timeout_s)
+        failure = self._read_statuses(handle)
+        if failure is not None:
+            raise failure
+
+    def close(self) -> None:
+        self._poison(lambda: TransportError("the transport was closed"))
+
+    def _check_usable(self, settle: bool = True) -> None:
+        if self._failure is not None:
+            raise self._failure()
+        gone = self._rendezvous.gone_group() if settle else None
+        if gone is not None:
+            raise self._poison(lambda: PeerLost(gone, "connection closed by peer"))
+        if settle and self._pending is not None:
+            self._settle(self._pending)
+
+    def _check_input(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> None:
+        geometry = self._geometry
+        expected = (len(x_TD), geometry.top_k)
+        if x_TD.dtype != geometry.dtype or x_TD.shape[1:] != (geometry.hidden_size,):
+            raise TransportError(
+                f"x is {x_TD.dtype} {list(x_TD.shape)}, expected {geometry.dtype} [T, {geometry.hidden_size}]"
+            )
+        if expert_ids_TK.shape != expected or expert_ids_TK.dtype != torch.int32 or weights_TK.shape != expected:
+            raise TransportError(
+                f"ids are {expert_ids_TK.dtype} {list(expert_ids_TK.shape)}, weights {list(weights_TK.shape)}, "
+                f"expected torch.int32 {list(expected)} and {list(expected)}"
+            )
+        if len(x_TD) > self._max_tokens or not 0 <= layer < self._placement.num_layers:
+            raise TransportError(
+                f"layer {layer} with {len(x_TD)} tokens; layers are 0..{self._placement.num_layers - 1}, "
+                f"at most {self._max_tokens} tokens"
+            )
+
+    def _pack_on_host(self, layer: int, x_TD: Tensor, ids_TK: Tensor) -> tuple[list[Message], Tensor, list[int]]:
+        """Exact sizes; for device tensors (batches beyond the decode buckets) through host memory."""
+        device, blocks, geometry = x_TD.device, self._host_blocks, self._geometry
+        x, ids = as_numpy_rows(x_TD.cpu().contiguous()), ids_TK.cpu().contiguous().numpy()
+        try:
+            routing = route_on_host(ids, self._host_owner_LE[layer], self._placement.num_groups, geometry.status_rows)
+        except IndexError:
+            raise TransportError(f"expert ids must be 0..{self._placement.num_experts - 1}") from None
+        large = blocks.large_payloads(x, routing)
+        sends: list[Message] = []
+        for group, (tokens, pairs) in enumerate(zip(routing.tokens, routing.num_pairs, strict=True)):
+            flags = Flags.LARGE if group in large else Flags.NONE
+            if group not in large:
+                blocks.fill(group, x, tokens, routing.ids[group])
+            header = Header(self.generation, self._sequence, layer, len(tokens), pairs, pairs, flags)
+            blocks.headers_NW[group] = header.words()
+            sends.append((blocks.blocks[group].to(device), 1 + group))
+            self._timings.pairs_per_group[group] += pairs
+        sends += [(payload.to(device), 1 + group) for group, payload in large.items()]
+        return sends, torch.from_numpy(routing.source_P).to(device), routing.num_pairs
+
+    def _pack_on_device(
+        self, blocks: DeviceBlocks, layer: int, x_TD: Tensor, ids_TK: Tensor
+    ) -> tuple[list[Message], Tensor, list[int]]:
+        """Every group's reply has room for all pairs of the bucket: the next power of two of T."""
+        bucket = 1 << max(0, len(x_TD) - 1).bit_length()
+        room = bucket * self._geometry.top_k
+        header = Header(self.generation, self._sequence, layer, 0, 0, room, Flags.NONE)
+        source_P, _ = blocks.fill(x_TD, ids_TK, self._owner_LE[layer], header)
+        sends = [(block, 1 + group) for group, block in enumerate(blocks.blocks)]
+        return sends, source_P, [room] * self._placement.num_groups
+
+    def _start(self, sends: list[Message], reply_rows: list[int]) -> None:
+        total = sum(reply_rows)
+        if total > len(self._replies):
+            self._replies = self._replies.new_empty((total, self._geometry.hidden_size))
+        receives: list[Message] = []
+        begin = 0
+        for group, num_rows in enumerate(reply_rows):
+            receives.append((self._replies[begin : begin + num_rows], 1 + group))
+            begin += num_rows
+        self._timings.sent_bytes += sum(tensor.nbytes for tensor, _ in sends)
+        self._timings.received_bytes += total * self._geometry.row_bytes
+        broken: tuple[int, str] | None = None
+        if self._communicator is None:
+            raise self._lost(0, "the connection was dropped")
+        try:
+            self._flight = self._communicator.exchange(sends, receives)
+        except LinkBroken as error:
+            broken = error.peer, error.reason
+        if broken is not None:
+            raise self._lost(*broken)
+
+    def _settle(self, handle: AllToAllHandle, timeout_s: float | None = None) -> None:
+        """Wait for the replies of `handle`."""
+        self._pending = None
+        flight, self._flight = self._flight, None
+        broken: tuple[int, str] | None = None
+        if flight is not None:
+            try:
+                flight.wait(self._timeout_s if timeout_s is None else timeout_s)
+            except LinkBroken as error:
+                broken = error.peer, error.reason
+        del flight
+        if broken is not None:
+            raise self._lost(*broken)
+
+    def _read_statuses(self, handle: AllToAllHandle) -> GroupFailed | StaleGeneration | None:
+        """The first group's error, if any. A reply that does not belong to this call poisons."""
+        begin, raw = 0, self._replies.view(-1).view(torch.uint8)
+        row_bytes = self._geometry.row_bytes
+        for group, num_rows in enumerate(handle.reply_rows):
+            offset = begin * row_bytes
+            begin += num_rows
+            try:
+                status = read_status(raw[offset : offset + STATUS_BYTES].cpu().numpy().tobytes())
+            except ValueError as error:
+                raise self._lost(1 + group, str(error)) from None
+            if status.status is Status.STALE:
+                return StaleGeneration(group, self.generation, status.generation)
+            if status.sequence != handle.sequence:
+                raise self._lost(1 + group, f"answered call {status.sequence} instead of {handle.sequence}")
+            if status.status is Status.FAILED:
+                return GroupFailed(group, status.text)
+        return None
+
+    def _lost(self, peer: int, reason: str) -> TransportError:
+        gone = self._rendezvous.gone_group()
+        group = peer - 1 if gone is None or peer > 0 else gone
+        return self._poison(lambda: PeerLost(group, reason))
+
+    def _poison(self, failure: Callable[[], TransportError]) -> TransportError:
+        """Drop everything that holds a connection; idempotent, the first failure stays."""
+        if self._failure is None:
+            self._failure = failure
+            self._flight = self._pending = None
+            communicator, self._communicator = self._communicator, None
+            if communicator is not None:
+                communicator.close()
+            self._rendezvous.close()
+        return self._failure()

@@ -1,0 +1,147 @@
+"""`connect`: from addresses to a usable transport, or a typed error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moeray.placement import Placement
+from moeray.transport.all_to_all import AllToAllTransport
+from moeray.transport.backends import build_communicator, host_store
+from moeray.transport.communicator import Communicator
+from moeray.transport.errors import TransportError
+from moeray.transport.handshake import Hello, ModelIdentity
+from moeray.transport.interface import ExpertCompute, Transport
+from moeray.transport.local import LocalTransport
+from moeray.transport.rendezvous import ShardRendezvous
+from moeray.transport.wire import Geometry, inline_rows_for
+
+INLINE_BYTES = 64 * 1024  # per group and layer call; bounds what a decode step sends in vain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransportSpec:
+    """What a shard brings to its transport.
+
+    Attributes:
+        shard: its name, for the groups' logs.
+        backend: gloo, nccl or local.
+        identity: of the model it serves.
+        max_tokens: most tokens of one layer call.
+        timeout_s: a group that has not answered a layer call by then is lost.
+        host: the address this end listens on and dials from.
+        device: where x lives ("cpu", "cuda:0").
+        connect_timeout_s: for handshakes and for building the communicator.
+    """
+
+    shard: str
+    backend: str
+    identity: ModelIdentity
+    max_tokens: int
+    timeout_s: float = 10.0
+    host: str = "127.0.0.1"
+    device: str = "cpu"
+    connect_timeout_s: float = 30.0
+
+
+def connect(
+    spec: TransportSpec, placement: Placement, addresses: Sequence[str], compute: ExpertCompute | None = None
+) -> Transport:
+    """Build the transport of this shard under this placement.
+
+    Args:
+        addresses: "host:port" of every group's `GroupServer`, in group order; empty for the local backend.
+        compute: all experts, for the local backend only.
+    Raises:
+        PeerLost: a group cannot be reached.
+        HandshakeRefused: a group serves another model, generation, backend or index; names both values.
+        TransportError: the arguments do not fit together, or this end cannot be built.
+    """
+    if spec.backend == "local":
+        if compute is None:
+            raise TransportError("the local backend needs the experts' computation in this process")
+        return LocalTransport(placement, compute)
+    if len(addresses) != placement.num_groups:
+        raise TransportError(f"{len(addresses)} addresses for a placement over {placement.num_groups} expert groups")
+    if placement.num_experts != spec.identity.num_experts or placement.num_layers != spec.identity.num_layers:
+        raise TransportError(
+            f"the placement maps {placement.num_layers} layers of {placement.num_experts} experts, "
+            f"the model has {spec.identity.num_layers} of {spec.identity.num_experts}"
+        )
+    geometry = geometry_of(spec.identity, inline_rows_of(spec.identity))
+    hello = Hello(
+        sender=f"shard {spec.shard}",
+        backend=spec.backend,
+        group=0,
+        generation=placement.generation,
+        inline_rows=geometry.inline_rows,
+        identity=spec.identity,
+    )
+    rendezvous = ShardRendezvous.dial(addresses, hello, spec.host, spec.connect_timeout_s)
+    communicator, failure = _build(spec, rendezvous, placement.num_groups)
+    if communicator is None:
+        rendezvous.close()
+        raise failure or TransportError("no communicator")
+    transport = AllToAllTransport(
+        communicator, rendezvous, placement, geometry, timeout_s=spec.timeout_s, max_tokens=spec.max_tokens
+    )
+    del communicator
+    try:
+        transport.probe(spec.connect_timeout_s)
+    except TransportError:
+        transport.close()
+        raise
+    return transport
+
+
+def inline_rows_of(identity: ModelIdentity) -> int:
+    """Rows that a dispatch carries inline for this model."""
+    return inline_rows_for(identity.hidden_size, dtype_of(identity), INLINE_BYTES)
+
+
+def geometry_of(identity: ModelIdentity, inline_rows: int) -> Geometry:
+    """Sizes on the wire; both ends compute them from the agreed identity."""
+    return Geometry(identity.hidden_size, identity.top_k, dtype_of(identity), inline_rows)
+
+
+def dtype_of(identity: ModelIdentity) -> torch.dtype:
+    """Rows' dtype.
+
+    Raises:
+        TransportError: not a torch dtype.
+    """
+    dtype = getattr(torch, identity.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise TransportError(f"dtype {identity.dtype!r} of the model is not one of torch")
+    return dtype
+
+
+def _build(
+    spec: TransportSpec, rendezvous: ShardRendezvous, num_groups: int
+) -> tuple[Communicator | None, TransportError | None]:
+    """The error comes back as a value: a traceback would keep the store, and with it the groups, waiting."""
+
+    def peer_gone() -> int | None:
+        group = rendezvous.gone_group()
+        return None if group is None else 1 + group
+
+    try:
+        store, address = host_store(spec.host, spec.connect_timeout_s)
+        rendezvous.start(address, spec.connect_timeout_s)
+        communicator = build_communicator(
+            spec.backend,
+            store,
+            rank=0,
+            size=1 + num_groups,
+            host=spec.host,
+            device=torch.device(spec.device),
+            connect_timeout_s=spec.connect_timeout_s,
+            peer_gone=peer_gone,
+        )
+    except TransportError as error:
+        return None, error.with_traceback(None)
+    except (OSError, RuntimeError, ValueError, ImportError) as error:
+        return None, TransportError(f"cannot build the {spec.backend} communicator on {spec.host}: {error}")
+    return communicator, None

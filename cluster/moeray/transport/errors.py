@@ -1,0 +1,37 @@
+"""What can go wrong on the hop. All carry the group, so that membership can act on them."""
+
+from __future__ import annotations
+
+
+class TransportError(RuntimeError):
+    """Base of every error of the hop."""
+
+
+class PeerLost(TransportError):
+    """A peer died, hung past the timeout or cut its connection."""
+
+    def __init__(self, group: int, reason: str) -> None:
+        super().__init__(f"expert group {group} lost: {reason}")
+        self.group = group
+        self.reason = reason
+
+
+class StaleGeneration(TransportError):
+    """A peer is on another generation of the placement."""
+
+    def __init__(self, group: int, ours: int, theirs: int) -> None:
+        super().__init__(f"expert group {group} is on generation {theirs}, this shard on {ours}")
+        self.group, self.ours, self.theirs = group, ours, theirs
+
+
+class GroupFailed(TransportError):
+    """A group answered, but with an error of its own (bad input, NaN, a missing expert)."""
+
+    def __init__(self, group: int, reason: str) -> None:
+        super().__init__(f"expert group {group} failed: {reason}")
+        self.group = group
+        self.reason = reason
+
+
+class HandshakeRefused(TransportError):
+    """Shard and group do not belong together; names the field and both values."""

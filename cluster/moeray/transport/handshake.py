@@ -1,0 +1,154 @@
+"""First words between a shard and a group, over plain TCP, before any communicator is built.
+
+Each message is a 4-byte big-endian length and that many bytes of JSON. Lengths and times are bounded, so garbage or
+silence on the port costs one connection and nothing else.
+
+    shard -> group   hello
+    group -> shard   hello, and "refused" (a reason) if it will not serve this shard
+    shard -> group   {"store": "host:port", "size": ranks, "connect_timeout_s": s}
+    group -> shard   {"ready": true}, once its end of the communicator exists
+
+The connection then stays open and silent: its end-of-file is the notice of death, in both directions.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from time import monotonic
+from typing import Any
+
+from moeray.transport.errors import HandshakeRefused
+
+PROTOCOL = 1
+MAX_MESSAGE_BYTES = 64 * 1024
+
+
+def installed_version() -> str:
+    """Version of the installed package; "source" when it runs from a checkout that is not installed."""
+    try:
+        return version("moeray")
+    except PackageNotFoundError:
+        return "source"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelIdentity:
+    """What must be equal at both ends for rows to make sense.
+
+    Attributes:
+        fingerprint: content id of weights and config.
+        dtype: torch's name of the rows' dtype ("bfloat16").
+    """
+
+    fingerprint: str
+    hidden_size: int
+    top_k: int
+    num_experts: int
+    num_layers: int
+    dtype: str
+    moeray_version: str = field(default_factory=installed_version)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """Who speaks, and what must agree.
+
+    Attributes:
+        sender: name of the shard or group, for messages only.
+        group: index of the expert group that is meant.
+        inline_rows: set by the shard; the group takes it over.
+    """
+
+    sender: str
+    backend: str
+    group: int
+    generation: int
+    inline_rows: int
+    identity: ModelIdentity
+    protocol: int = PROTOCOL
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Hello:
+        """Read the peer's hello.
+
+        Raises:
+            HandshakeRefused: not a hello of this protocol.
+        """
+        if data.get("protocol") != PROTOCOL:
+            raise HandshakeRefused(f"protocol is {data.get('protocol')!r} there, {PROTOCOL} here")
+        try:
+            values = {each.name: data[each.name] for each in fields(cls)}
+            identity = ModelIdentity(**values.pop("identity"))
+            hello = cls(identity=identity, **values)
+        except (KeyError, TypeError) as error:
+            raise HandshakeRefused(f"not a hello of protocol {PROTOCOL}: {error}") from None
+        if not isinstance(hello.inline_rows, int) or not 1 <= hello.inline_rows <= 4096:
+            raise HandshakeRefused(f"inline_rows is {hello.inline_rows!r} there, 1..4096 is legal here")
+        return hello
+
+    def disagreement(self, theirs: Hello) -> str | None:
+        """The first field that differs, with both values; None if we belong together."""
+        for name in ("backend", "group", "generation"):
+            if getattr(self, name) != getattr(theirs, name):
+                return self._difference(theirs, name, getattr(theirs, name), getattr(self, name))
+        for each in reversed(fields(ModelIdentity)):  # version first: it explains other differences
+            mine, other = getattr(self.identity, each.name), getattr(theirs.identity, each.name)
+            if mine != other:
+                return self._difference(theirs, each.name, other, mine)
+        return None
+
+    def _difference(self, theirs: Hello, name: str, other: object, mine: object) -> str:
+        return f"{name} is {other!r} at {theirs.sender}, {mine!r} at {self.sender}"
+
+
+def send_message(connection: socket.socket, message: Mapping[str, Any], deadline: float) -> None:
+    """Send one message.
+
+    Args:
+        deadline: on the monotonic clock.
+    Raises:
+        OSError: the peer is gone, or time is up (TimeoutError).
+    """
+    body = json.dumps(message).encode()
+    connection.settimeout(max(0.001, deadline - monotonic()))
+    connection.sendall(struct.pack(">I", len(body)) + body)
+
+
+def receive_message(connection: socket.socket, deadline: float) -> dict[str, Any]:
+    """Receive one message.
+
+    Raises:
+        OSError: the peer is gone (ConnectionError) or time is up (TimeoutError).
+        HandshakeRefused: what came is not one of our messages.
+    """
+    (length,) = struct.unpack(">I", _receive_exactly(connection, 4, deadline))
+    if not 2 <= length <= MAX_MESSAGE_BYTES:
+        raise HandshakeRefused(f"a message of {length} bytes; 2..{MAX_MESSAGE_BYTES} is legal")
+    try:
+        message = json.loads(_receive_exactly(connection, length, deadline))
+    except (ValueError, RecursionError):
+        raise HandshakeRefused("a message that is not JSON") from None
+    if not isinstance(message, dict):
+        raise HandshakeRefused(f"a message that is a JSON {type(message).__name__}, not an object")
+    return message
+
+
+def _receive_exactly(connection: socket.socket, num_bytes: int, deadline: float) -> bytes:
+    data = bytearray()
+    while len(data) < num_bytes:
+        connection.settimeout(max(0.001, deadline - monotonic()))
+        part = connection.recv(num_bytes - len(data))
+        if not part:
+            raise ConnectionResetError("connection closed by peer")
+        data += part
+        if monotonic() > deadline:
+            raise TimeoutError("no complete message in time")
+    return bytes(data)

@@ -1,0 +1,211 @@
+"""A group's listener: one thread accepts, one thread serves each connected shard.
+
+Shards come and go on their own: none waits for another, and none can take the group down.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from time import monotonic
+
+import torch
+
+from moeray.transport.backends import build_communicator, join_store
+from moeray.transport.connection import geometry_of
+from moeray.transport.errors import HandshakeRefused
+from moeray.transport.handshake import Hello, ModelIdentity, receive_message, send_message
+from moeray.transport.interface import ExpertCompute
+from moeray.transport.rendezvous import keep_alive, peer_has_gone
+from moeray.transport.session import Session, SessionCounts
+
+HANDSHAKE_TIMEOUT_S = 5.0
+MAX_CONNECT_TIMEOUT_S = 120.0
+MAX_CONNECTIONS = 256
+
+logger = logging.getLogger("moeray.transport")
+
+
+@dataclass(slots=True, eq=False)
+class ConnectedShard:
+    """One accepted connection, from its first byte on.
+
+    Attributes:
+        name: the shard's, "" before its hello.
+        address: "host:port" it dials from.
+    """
+
+    connection: socket.socket
+    address: str
+    name: str = ""
+    generation: int = -1
+    counts: SessionCounts = field(default_factory=SessionCounts)
+    serving: bool = False
+    thread: threading.Thread | None = None
+
+
+class GroupServer:
+    """Serves one expert group's computation to any number of attention shards."""
+
+    def __init__(
+        self,
+        compute: ExpertCompute,
+        identity: ModelIdentity,
+        *,
+        group: int,
+        generation: int,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        backend: str = "gloo",
+        device: str = "cpu",
+    ) -> None:
+        """Keep the settings; `start` listens.
+
+        Args:
+            compute: called from several threads at once.
+            group: index of this group in the placement.
+            host: the only address listened on; port 0 takes a free one.
+        """
+        self._compute = compute
+        self._hello = Hello(
+            sender=f"expert group {group}",
+            backend=backend,
+            group=group,
+            generation=generation,
+            inline_rows=1,
+            identity=identity,
+        )
+        self._host, self._port = host, port
+        self._device = torch.device(device)
+        self._lock = threading.Lock()
+        self._shards: list[ConnectedShard] = []
+        self._listener: socket.socket | None = None
+
+    def start(self) -> str:
+        """Listen; returns "host:port".
+
+        Raises:
+            OSError: the address cannot be bound.
+        """
+        self._listener = socket.create_server((self._host, self._port), backlog=128)
+        threading.Thread(target=self._accept, args=(self._listener,), name="moeray-accept", daemon=True).start()
+        return f"{self._host}:{self._listener.getsockname()[1]}"
+
+    @property
+    def generation(self) -> int:
+        return self._hello.generation
+
+    def set_generation(self, generation: int) -> None:
+        """From now on, shards of another generation are refused, and calls of connected ones fail as stale."""
+        self._hello = replace(self._hello, generation=generation)
+
+    def shards(self) -> tuple[ConnectedShard, ...]:
+        """Shards being served now."""
+        with self._lock:
+            return tuple(shard for shard in self._shards if shard.serving)
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """Refuse new shards and cut the connected ones; a call in progress is still answered. Idempotent.
+
+        A thread whose shard is idle ends when that shard notices (at its next call) or closes.
+        """
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            # close() alone would leave the accepting thread blocked.
+            listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
+        with self._lock:
+            shards = list(self._shards)
+        for shard in shards:
+            _shut(shard.connection)
+        deadline = monotonic() + timeout_s
+        for shard in shards:
+            if shard.thread is not None:
+                shard.thread.join(max(0.0, deadline - monotonic()))
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                connection, address = listener.accept()
+            except OSError:
+                if self._listener is None:
+                    return
+                continue  # the peer gave up before it was accepted, or descriptors are short for a moment
+            shard = ConnectedShard(connection, f"{address[0]}:{address[1]}")
+            with self._lock:
+                accepted = len(self._shards) < MAX_CONNECTIONS
+                if accepted:
+                    self._shards.append(shard)
+            if not accepted:
+                connection.close()
+                continue
+            shard.thread = threading.Thread(target=self._run, args=(shard,), name="moeray-shard", daemon=True)
+            shard.thread.start()
+
+    def _run(self, shard: ConnectedShard) -> None:
+        try:
+            reason = self._serve(shard)
+            logger.info("%s: %s went away: %s", self._hello.sender, shard.name, reason)
+        except HandshakeRefused as error:
+            logger.warning("%s refused %s: %s", self._hello.sender, shard.address, error)
+        except (OSError, RuntimeError, ValueError) as error:
+            logger.warning("%s dropped %s %s: %s", self._hello.sender, shard.name, shard.address, error)
+        finally:
+            with self._lock:
+                self._shards.remove(shard)
+            shard.connection.close()
+
+    def _serve(self, shard: ConnectedShard) -> str:
+        hello = self._greet(shard)
+        session = self._join(shard, hello)
+        shard.counts, shard.serving = session.counts, True
+        logger.info("%s serves %s (%s), generation %d", self._hello.sender, shard.name, shard.address, hello.generation)
+        return session.serve()
+
+    def _greet(self, shard: ConnectedShard) -> Hello:
+        keep_alive(shard.connection)
+        deadline = monotonic() + HANDSHAKE_TIMEOUT_S
+        refused: str | None = None
+        theirs: Hello | None = None
+        ours = self._hello
+        try:
+            theirs = Hello.from_json(receive_message(shard.connection, deadline))
+            refused = ours.disagreement(theirs)
+        except HandshakeRefused as error:
+            refused = str(error)
+        send_message(shard.connection, {**ours.to_json(), "refused": refused}, deadline)
+        if refused is not None or theirs is None:
+            raise HandshakeRefused(refused)
+        shard.name, shard.generation = theirs.sender, theirs.generation
+        return theirs
+
+    def _join(self, shard: ConnectedShard, theirs: Hello) -> Session:
+        # The shard greets its other groups first, so this may take as long as its connecting does.
+        start = receive_message(shard.connection, monotonic() + MAX_CONNECT_TIMEOUT_S)
+        timeout_s = min(float(start["connect_timeout_s"]), MAX_CONNECT_TIMEOUT_S)
+        communicator = build_communicator(
+            theirs.backend,
+            join_store(str(start["store"]), timeout_s),
+            rank=1 + theirs.group,
+            size=int(start["size"]),
+            host=self._host,
+            device=self._device,
+            connect_timeout_s=timeout_s,
+            peer_gone=_rank_if_gone(shard.connection),
+        )
+        send_message(shard.connection, {"ready": True}, monotonic() + HANDSHAKE_TIMEOUT_S)
+        geometry = geometry_of(theirs.identity, theirs.inline_rows)
+        return Session(communicator, geometry, self._compute, lambda: self.generation)
+
+
+def _rank_if_gone(connection: socket.socket) -> Callable[[], int | None]:
+    return lambda: 0 if peer_has_gone(connection) else None
+
+
+def _shut(connection: socket.socket) -> None:
+    with suppress(OSError):  # it ended by itself
+        connection.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,176 @@
+"""Layout of the bytes on the hop. Both ends compute it from the same few numbers; nothing is negotiated per call.
+
+A dispatch to one group is one block of fixed size: header, then room for `inline_rows` rows of x and of ids.
+
+    header (8 x int64) | x: inline_rows x D | pad to 64 | ids: inline_rows x K x int32 | pad to 64
+
+A group that gets more rows than fit inline finds `LARGE` in the header and receives them in a second message of
+exactly known size (same layout, without header). The reply is `status_rows + reply_pairs` rows of D: the status lies
+in the first rows, so that the rows of all groups form one matrix that a single gather can read.
+
+    status (5 x int64, then UTF-8 text), STATUS_BYTES rounded up to whole rows | rows_PD
+
+Suffixes: D hidden, K experts per token, P (token, k) pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MAGIC = 0x6D6F65726179  # "moeray"
+HEADER_WORDS = 8
+HEADER_BYTES = 8 * HEADER_WORDS
+ALIGNMENT = 64
+STATUS_WORDS = 5
+STATUS_BYTES = 256
+MAX_STATUS_TEXT = STATUS_BYTES - 8 * STATUS_WORDS
+
+
+class Flags(IntFlag):
+    """What a dispatch's header can say beside its numbers."""
+
+    NONE = 0
+    LARGE = 1  # no inline rows: an exact second message follows
+    PROBE = 2  # no rows at all: prove the path, compute nothing
+
+
+class Status(IntEnum):
+    """How a group's reply begins."""
+
+    OK = 0
+    FAILED = 1
+    STALE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """One dispatch to one group.
+
+    Attributes:
+        num_pairs: (token, expert) pairs of this group: rows of its answer.
+        reply_pairs: rows that the reply has room for; above num_pairs where sizes are bucketed.
+    """
+
+    generation: int
+    sequence: int
+    layer: int
+    num_rows: int
+    num_pairs: int
+    reply_pairs: int
+    flags: Flags
+
+    # Positions of the words that a device fills in by itself.
+    ROWS_WORD = 4
+    PAIRS_WORD = 5
+
+    def words(self) -> tuple[int, ...]:
+        return (
+            MAGIC,
+            self.generation,
+            self.sequence,
+            self.layer,
+            self.num_rows,
+            self.num_pairs,
+            self.reply_pairs,
+            int(self.flags),
+        )
+
+    @classmethod
+    def from_words(cls, words: Sequence[int]) -> Header:
+        """Read the words of a received header.
+
+        Raises:
+            ValueError: not a header of ours, or impossible numbers.
+        """
+        magic, generation, sequence, layer, num_rows, num_pairs, reply_pairs, flags = words
+        if magic != MAGIC or min(num_rows, num_pairs) < 0 or reply_pairs < num_pairs or flags not in (0, 1, 2):
+            raise ValueError(f"not a dispatch header: {list(words)}")
+        return cls(generation, sequence, layer, num_rows, num_pairs, reply_pairs, Flags(flags))
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Sizes in bytes that follow from the model and the inline capacity."""
+
+    hidden_size: int
+    top_k: int
+    dtype: torch.dtype
+    inline_rows: int
+
+    @property
+    def row_bytes(self) -> int:
+        return self.hidden_size * self.dtype.itemsize
+
+    @property
+    def status_rows(self) -> int:
+        """Rows of D that the status takes, at least one."""
+        return -(-STATUS_BYTES // self.row_bytes)
+
+    @property
+    def block_bytes(self) -> int:
+        return HEADER_BYTES + self.payload_bytes(self.inline_rows)
+
+    def ids_offset(self, num_rows: int) -> int:
+        """Where the ids begin in a payload of `num_rows` rows."""
+        return _aligned(num_rows * self.row_bytes)
+
+    def payload_bytes(self, num_rows: int) -> int:
+        return self.ids_offset(num_rows) + _aligned(num_rows * self.top_k * 4)
+
+    def payload_views(self, payload: Tensor, capacity: int, num_rows: int) -> tuple[Tensor, Tensor]:
+        """The first `num_rows` rows (x_TD, ids_TK) of a uint8 payload laid out for `capacity` rows; no copy."""
+        x_bytes = payload[: num_rows * self.row_bytes]
+        ids_begin = self.ids_offset(capacity)
+        ids_bytes = payload[ids_begin : ids_begin + num_rows * self.top_k * 4]
+        return (
+            x_bytes.view(self.dtype).view(num_rows, self.hidden_size),
+            ids_bytes.view(torch.int32).view(num_rows, self.top_k),
+        )
+
+
+def inline_rows_for(hidden_size: int, dtype: torch.dtype, inline_bytes: int) -> int:
+    """Rows that fit into about `inline_bytes`, between 1 and 64."""
+    return max(1, min(64, inline_bytes // (hidden_size * dtype.itemsize)))
+
+
+def write_status(rows: Tensor, status: Status, sequence: int, generation: int, text: str = "") -> None:
+    """Write a reply's status into its first rows (`status_rows` x D, any device)."""
+    encoded = text.encode()[:MAX_STATUS_TEXT]
+    head = np.array([MAGIC, sequence, generation, int(status), len(encoded)], dtype=np.int64).tobytes() + encoded
+    raw = torch.frombuffer(bytearray(head.ljust(STATUS_BYTES, b"\0")), dtype=torch.uint8)
+    rows.view(-1).view(torch.uint8)[:STATUS_BYTES].copy_(raw)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyStatus:
+    """What a reply begins with."""
+
+    status: Status
+    sequence: int
+    generation: int
+    text: str
+
+
+def read_status(raw: bytes) -> ReplyStatus:
+    """Read the beginning of a reply.
+
+    Args:
+        raw: the first STATUS_BYTES of a reply.
+    Raises:
+        ValueError: not a status of ours.
+    """
+    magic, sequence, generation, status, length = np.frombuffer(raw, dtype=np.int64, count=STATUS_WORDS).tolist()
+    if magic != MAGIC or not 0 <= length <= MAX_STATUS_TEXT:
+        raise ValueError("the reply does not begin with a status")
+    begin = 8 * STATUS_WORDS
+    return ReplyStatus(Status(status), sequence, generation, raw[begin : begin + length].decode(errors="replace"))
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,39 @@
+"""Processes shared by the contract suites."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+# Child processes import the same modules by name.
+sys.path.insert(0, str(Path(__file__).parent))
+os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in sys.path if path))
+
+from transport_peers import Group, Peer, group_peers
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def groups() -> Iterator[list[Peer]]:
+    """Four processes for tests that do no harm to them."""
+    yield from group_peers(4)
+
+
+@pytest.fixture
+def mortal_groups() -> Iterator[list[Peer]]:
+    """Two processes that a test may kill."""
+    yield from group_peers(2)
+
+
+@pytest.fixture
+def mortal_group() -> Iterator[Peer]:
+    """One process that a test may kill."""
+    peer = Peer(Group)
+    yield peer
+    peer.end()

@@ -1,0 +1,235 @@
+"""Real processes for the transport's contract: expert groups that hold many servers, and shards that can be killed.
+
+They are forked from a server process that has imported torch once, so that a process costs a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeray.deepseek_v4.experts import ExpertWeights, RoutedExperts
+from moeray.placement import Placement
+from moeray.transport import GroupServer, LocalTransport, ModelIdentity, Transport, TransportSpec, connect
+
+NUM_LAYERS, WIDTH, LIMIT = 2, 16, 1.0
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model small enough to be made from its seed in every process."""
+
+    hidden_size: int = 64
+    num_experts: int = 8
+    top_k: int = 2
+    dtype: str = "bfloat16"
+
+    @property
+    def identity(self) -> ModelIdentity:
+        return ModelIdentity(
+            fingerprint=f"{self}",
+            hidden_size=self.hidden_size,
+            top_k=self.top_k,
+            num_experts=self.num_experts,
+            num_layers=NUM_LAYERS,
+            dtype=self.dtype,
+            moeray_version="test",
+        )
+
+    def weights(self, layer: int, expert: int) -> ExpertWeights:
+        generator = torch.Generator().manual_seed(1000 * layer + expert)
+        dtype = getattr(torch, self.dtype)
+        w13 = torch.randn(2 * WIDTH, self.hidden_size, generator=generator) / self.hidden_size**0.5
+        w2 = torch.randn(self.hidden_size, WIDTH, generator=generator) / WIDTH**0.5
+        return ExpertWeights(w13.to(dtype), w2.to(dtype))
+
+    def experts(self, held: dict[int, tuple[int, ...]]) -> RoutedExperts:
+        weights = {
+            layer: {expert: self.weights(layer, expert) for expert in experts} for layer, experts in held.items()
+        }
+        return RoutedExperts(weights, num_layers=NUM_LAYERS, num_experts=self.num_experts, swiglu_limit=LIMIT)
+
+    def batch(self, num_tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """(x_TD, ids_TK, weights_TK), reproducible."""
+        generator = torch.Generator().manual_seed(seed * 7919 + num_tokens)
+        ids = [torch.randperm(self.num_experts, generator=generator)[: self.top_k] for _ in range(num_tokens)]
+        ids_TK = torch.stack(ids).int() if ids else torch.empty((0, self.top_k), dtype=torch.int32)
+        x_TD = torch.randn(num_tokens, self.hidden_size, generator=generator).to(getattr(torch, self.dtype))
+        return x_TD, ids_TK, torch.rand(num_tokens, self.top_k, generator=generator)
+
+    def oracle(self) -> Transport:
+        """All experts in this process, one group."""
+        everything = tuple(range(self.num_experts))
+        placement = Placement(1, self.num_experts, (self.num_experts,), (everything,) * NUM_LAYERS)
+        return LocalTransport(placement, self.experts(dict.fromkeys(range(NUM_LAYERS), everything)))
+
+
+def spread(model: Model, slots: tuple[int, ...], generation: int = 1) -> Placement:
+    """Experts over groups of these sizes; the second layer in reverse order."""
+    forward = tuple(range(model.num_experts))
+    return Placement(generation, model.num_experts, slots, (forward, forward[::-1]))
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """One server of a group process; `group` may serve fewer experts than its placement says."""
+
+    model: Model
+    placement: Placement
+    group: int
+    without: tuple[int, ...] = ()
+    delay_s: float = 0.0
+    backend: str = "gloo"
+
+    def start(self) -> GroupServer:
+        held = {
+            layer: tuple(e for e in self.placement.experts_of_group(self.group, layer) if e not in self.without)
+            for layer in range(NUM_LAYERS)
+        }
+        experts = self.model.experts(held)
+
+        def slow(layer: int, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
+            time.sleep(self.delay_s)
+            return experts(layer, x_TD, ids_TK)
+
+        return GroupServer(
+            slow if self.delay_s else experts,
+            self.model.identity,
+            group=self.group,
+            generation=self.placement.generation,
+            backend=self.backend,
+        )
+
+
+class Peer:
+    """A process that does what it is told over a pipe."""
+
+    def __init__(self, target: Any) -> None:
+        context = _context()
+        self._pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_obey, args=(target, theirs), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def ask(self, name: str, *args: Any, timeout_s: float = 60.0) -> Any:
+        self.tell(name, *args)
+        if not self._pipe.poll(timeout_s):
+            raise TimeoutError(f"{name} was not answered")
+        ok, value = self._pipe.recv()
+        if not ok:
+            raise RuntimeError(value)
+        return value
+
+    def tell(self, name: str, *args: Any) -> None:
+        self._pipe.send((name, args))
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join(10)
+        self._pipe.close()
+
+
+@dataclass
+class Group:
+    """Commands of an expert group's process."""
+
+    servers: dict[str, GroupServer] = field(default_factory=dict)
+
+    def serve(self, key: str, settings: ServerSettings) -> str:
+        self.servers[key] = settings.start()
+        return self.servers[key].start()
+
+    def set_generation(self, key: str, generation: int) -> None:
+        self.servers[key].set_generation(generation)
+
+    def shards(self, key: str) -> list[tuple[str, int, int]]:
+        return [(shard.name, shard.counts.calls, shard.counts.failures) for shard in self.servers[key].shards()]
+
+    def stop(self, key: str) -> None:
+        self.servers.pop(key).stop()
+
+    def resources(self) -> tuple[int, int]:
+        return resources()
+
+
+@dataclass
+class Shard:
+    """Commands of an attention shard's process."""
+
+    transport: Transport | None = None
+
+    def connect(self, spec: TransportSpec, placement: Placement, addresses: list[str]) -> None:
+        self.transport = connect(spec, placement, addresses)
+
+    def loop(self, model: Model) -> None:
+        """Layer calls without end."""
+        assert self.transport is not None
+        batch = model.batch(5)
+        while True:
+            self.transport.combine(self.transport.dispatch(0, *batch))
+
+
+def resources() -> tuple[int, int]:
+    """(open descriptors, threads) of this process."""
+    gc.collect()
+    return len(list(Path("/proc/self/fd").iterdir())), len(list(Path("/proc/self/task").iterdir()))
+
+
+def spec_of(model: Model, name: str = "test", **changes: Any) -> TransportSpec:
+    spec = TransportSpec(shard=name, backend="gloo", identity=model.identity, max_tokens=2048, connect_timeout_s=20)
+    return replace(spec, **changes)
+
+
+def eventually(condition: Any, timeout_s: float = 5.0) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def group_peers(count: int) -> Iterator[list[Peer]]:
+    peers = [Peer(Group) for _ in range(count)]
+    yield peers
+    for peer in peers:
+        peer.end()
+
+
+def _obey(target: Any, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    logging.basicConfig(level=logging.ERROR)
+    subject = target()
+    while True:
+        try:
+            name, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, getattr(subject, name)(*args)))
+        except Exception as error:  # noqa: BLE001
+            pipe.send((False, f"{type(error).__name__}: {error}"))
+
+
+@functools.cache
+def _context() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "moeray.transport", "moeray.deepseek_v4"])
+    return context
