@@ -1,0 +1,109 @@
+"""The numbers of config.json that decide shapes: read once, checked, frozen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moeray.deepseek_v4.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """DeepSeek-V4's shape.
+
+    Attributes:
+        num_layers: decoder layers; draft (MTP) layers are not counted.
+        intermediate_size: width of one routed expert.
+        swiglu_limit: clamp of gate (above) and up (both sides); `math.inf` where the config sets none (0 or null).
+        dtype: torch's name of the activations' dtype ("bfloat16", "float32", ...).
+        moe_layers: layer indices with routed experts, ascending.
+        hash_layers: those of them that route by a token-id table.
+        engram_layers: layer indices with an Engram, ascending; empty without Engram.
+    """
+
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    num_experts: int
+    num_shared_experts: int
+    top_k: int
+    intermediate_size: int
+    swiglu_limit: float
+    dtype: str
+    moe_layers: tuple[int, ...]
+    hash_layers: tuple[int, ...]
+    engram_layers: tuple[int, ...]
+
+
+def read_shape(file: Path, config: dict[str, Any], moe_layers: Iterable[int]) -> ModelShape:
+    """Check the keys of a parsed config.json (`file` is only for messages).
+
+    Args:
+        moe_layers: the layers for which the weight files hold routed experts.
+    Raises:
+        CheckpointError: a key is missing or out of range; names the key and its value.
+    """
+    if config.get("model_type") != "deepseek_v4":
+        raise CheckpointError(
+            file, f"model_type is {config.get('model_type')!r}, not 'deepseek_v4'", "give a DeepSeek-V4 checkpoint"
+        )
+    num_layers = _positive_int(file, config, "num_hidden_layers")
+    num_experts = _positive_int(file, config, "n_routed_experts")
+    top_k = _positive_int(file, config, "num_experts_per_tok")
+    if top_k > num_experts:
+        raise CheckpointError(
+            file, f"num_experts_per_tok is {top_k}, but n_routed_experts is {num_experts}", "correct one of them"
+        )
+    num_hash = int(config.get("num_hash_layers") or 0)
+    layers = tuple(sorted(moe_layers))
+    return ModelShape(
+        architecture=str((config.get("architectures") or ["DeepseekV4ForCausalLM"])[0]),
+        num_layers=num_layers,
+        hidden_size=_positive_int(file, config, "hidden_size"),
+        vocab_size=_positive_int(file, config, "vocab_size"),
+        num_experts=num_experts,
+        num_shared_experts=int(config.get("n_shared_experts") or 0),
+        top_k=top_k,
+        intermediate_size=_positive_int(file, config, "moe_intermediate_size"),
+        swiglu_limit=_swiglu_limit(file, config),
+        dtype=str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"),
+        moe_layers=layers,
+        hash_layers=tuple(layer for layer in layers if layer < num_hash),
+        engram_layers=_engram_layers(file, config, num_layers),
+    )
+
+
+def _positive_int(file: Path, config: dict[str, Any], key: str) -> int:
+    value = _required(file, config, key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CheckpointError(file, f"{key} is {value!r}", "it must be a whole number of at least 1")
+    return value
+
+
+def _required(file: Path, config: dict[str, Any], key: str) -> Any:
+    if key not in config:
+        raise CheckpointError(file, f"key {key!r} is missing", "copy config.json from the model's source again")
+    return config[key]
+
+
+def _swiglu_limit(file: Path, config: dict[str, Any]) -> float:
+    """Required, because leaving the clamp out changes the answers without any error."""
+    value = _required(file, config, "swiglu_limit")
+    if value is None or value == 0:
+        return math.inf
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise CheckpointError(file, f"swiglu_limit is {value!r}", "it must be a positive number, or 0 for no clamp")
+    return float(value)
+
+
+def _engram_layers(file: Path, config: dict[str, Any], num_layers: int) -> tuple[int, ...]:
+    layers = config.get("engram_layer_ids") or []
+    outside = [layer for layer in layers if not (isinstance(layer, int) and 0 <= layer < num_layers)]
+    if outside:
+        raise CheckpointError(file, f"engram_layer_ids names {outside}", f"layers are 0..{num_layers - 1}")
+    return tuple(sorted(layers))

@@ -1,0 +1,89 @@
+"""Reads byte ranges of weight files straight into tensors, and counts them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from moeray.deepseek_v4.errors import CheckpointError
+from moeray.deepseek_v4.weight_files import DOWNLOAD_AGAIN, StoredTensor
+
+TORCH_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class TensorReader:
+    """Open files of one load; a context manager. Not thread-safe.
+
+    Attributes:
+        bytes_read: bytes taken from weight files so far.
+    """
+
+    def __init__(self) -> None:
+        self.bytes_read = 0
+        self._files: dict[Path, int] = {}
+
+    def __enter__(self) -> TensorReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def read(self, parts: Sequence[StoredTensor]) -> Tensor:
+        """Read tensors of one dtype and equal trailing dimensions, concatenated along the first dimension.
+
+        The result owns its memory (64-byte aligned by torch's allocator).
+
+        Raises:
+            CheckpointError: a file is gone, shorter than its header says, or of a dtype torch cannot hold.
+        """
+        first = parts[0]
+        if first.dtype not in TORCH_DTYPES:
+            raise CheckpointError(first.file, f"{first.name} is stored as {first.dtype}", "convert it to BF16")
+        out = torch.empty(
+            (sum(part.shape[0] for part in parts), *first.shape[1:]) if first.shape else (),
+            dtype=TORCH_DTYPES[first.dtype],
+        )
+        target = memoryview(out.reshape(-1).view(torch.uint8).numpy().data)
+        begin = 0
+        for part in parts:
+            self._fill(part, target[begin : begin + part.num_bytes])
+            begin += part.num_bytes
+        return out
+
+    def _fill(self, part: StoredTensor, target: memoryview) -> None:
+        try:
+            if part.file not in self._files:
+                self._files[part.file] = os.open(part.file, os.O_RDONLY | os.O_CLOEXEC)
+            done = 0
+            while done < part.num_bytes:
+                count = os.preadv(self._files[part.file], [target[done:]], part.offset + done)
+                if count == 0:
+                    raise CheckpointError(
+                        part.file, f"{part.name}: {part.num_bytes} bytes expected, {done} found", DOWNLOAD_AGAIN
+                    )
+                done += count
+                self.bytes_read += count
+        except OSError as error:
+            raise CheckpointError(
+                part.file, f"cannot be read ({error})", "check its permissions and the disk"
+            ) from None
