@@ -1,0 +1,129 @@
+"""vLLM's OpenAI application over a front, with only the routes that mean something behind a pool of shards.
+
+vLLM's own serving handlers render, parse and answer; HTTP and gRPC both call the ones returned here, each behind the
+same check of the request (`request_check`). Touch points: `build_app`, `init_app_state`, the names of the handlers on
+`app.state`, and the argument namespace of `vllm serve`.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from moeray.vllm_hooks.engine_core import FrontLLM, ShardUnavailable
+from moeray.vllm_hooks.request_check import check_request
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI, Request
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+TASKS: tuple[Literal["generate"]] = ("generate",)
+
+SERVED_PATHS = frozenset(
+    {
+        "/v1/models",
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/tokenize",
+        "/detokenize",
+        "/version",
+        "/metrics",
+        "/openapi.json",
+        "/docs",
+    }
+)
+"""Everything else that vLLM mounts is left out: it steers one local engine (sleep, profile, elastic scaling, raw token
+ids, KV hand-over) or another product's protocol, and would bypass the pool or the checks."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAIApp:
+    """vLLM's application and the handlers behind it.
+
+    Attributes:
+        chat: `create_chat_completion(request, raw_request)` of OpenAIServingChat, checked.
+        completion: the same for completions.
+        models: OpenAIServingModels.
+    """
+
+    app: FastAPI
+    chat: Any
+    completion: Any
+    models: Any
+
+
+async def build_openai_app(front: FrontLLM, engine_args: AsyncEngineArgs, *, parser: str | None) -> OpenAIApp:
+    """Assemble vLLM's application for `front`.
+
+    Args:
+        engine_args: what the front was built from; model and served name are read from it.
+        parser: name of vLLM's tool-call and reasoning parser (deepseek_v4); None: plain text only.
+    """
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.app import build_app
+
+    arguments = _serve_arguments(engine_args, parser)
+    app = build_app(arguments, TASKS, front.model_config)
+    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in SERVED_PATHS]
+    app.exception_handler(ShardUnavailable)(_unavailable)
+    app.exception_handler(json.JSONDecodeError)(_not_json)
+    arguments.model = (arguments.served_model_name or [arguments.model])[
+        0
+    ]  # /v1/models shows it as `root`: not our path
+    await init_app_state(front, app.state, arguments, TASKS)
+    state = app.state
+    for handler, method in (
+        (state.openai_serving_chat, "create_chat_completion"),
+        (state.openai_serving_completion, "create_completion"),
+    ):
+        setattr(handler, method, _checked(getattr(handler, method)))
+    return OpenAIApp(app, state.openai_serving_chat, state.openai_serving_completion, state.openai_serving_models)
+
+
+def _serve_arguments(engine_args: AsyncEngineArgs, parser: str | None) -> Namespace:
+    """The namespace of `vllm serve` with its own defaults, for this model."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    line = ["--model", str(engine_args.model), "--disable-log-stats"]
+    if engine_args.served_model_name:
+        names = engine_args.served_model_name
+        line += ["--served-model-name", *([names] if isinstance(names, str) else names)]
+    if parser is not None:
+        line += ["--enable-auto-tool-choice", "--tool-call-parser", parser, "--reasoning-parser", parser]
+    arguments: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args(line)
+    if parser is not None:
+        # `vllm serve` copies it there while it builds the engine's configuration; the serving classes read it there.
+        arguments.structured_outputs_config.reasoning_parser = parser
+    return arguments
+
+
+def _checked(create: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    async def create_checked(request: Any, raw_request: Any = None) -> Any:
+        check_request(request)
+        return await create(request, raw_request)
+
+    return create_checked
+
+
+async def _unavailable(_: Request, error: ShardUnavailable) -> Any:
+    from fastapi.responses import JSONResponse
+    from vllm.entrypoints.serve import create_error_response
+
+    body = create_error_response(error)
+    headers = {"Retry-After": str(error.retry_after_s)}
+    return JSONResponse(body.model_dump(), status_code=body.error.code, headers=headers)
+
+
+async def _not_json(_: Request, error: json.JSONDecodeError) -> Any:
+    from fastapi.responses import JSONResponse
+    from vllm.entrypoints.serve import create_error_response
+
+    body = create_error_response(f"the body is not JSON: {error}")
+    return JSONResponse(body.model_dump(), status_code=body.error.code)

@@ -1,0 +1,50 @@
+"""What a shard's EngineCore must know, carried by vLLM's `additional_config` and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ADDITIONAL_CONFIG_KEY = "moeray"
+BACKENDS = ("gloo", "nccl", "local")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardSettings:
+    """Settings of one attention shard.
+
+    Attributes:
+        backend: transport backend; `local` loads all experts into the shard (the oracle).
+        checkpoint: directory of the model's files.
+        shard: name of the shard, as it appears in errors and in the groups' logs.
+        timeout_s: an expert group that has not answered a layer call by then is lost.
+        host: address this shard's end of the transport binds and connects from.
+    """
+
+    backend: str
+    checkpoint: Path
+    shard: str = "shard"
+    timeout_s: float = 10.0
+    host: str = "127.0.0.1"
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise ValueError(f"transport backend {self.backend!r} is none of {', '.join(BACKENDS)}")
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "checkpoint": str(self.checkpoint)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ShardSettings:
+        """Read what `to_json` wrote; keys with a default may be missing."""
+        return cls(**{**data, "checkpoint": Path(data["checkpoint"])})
+
+
+def shard_settings(vllm_config: Any) -> ShardSettings | None:
+    """The settings of a `VllmConfig`; None where vLLM runs without moeray (then every hook behaves as stock vLLM)."""
+    additional = vllm_config.additional_config
+    if not isinstance(additional, Mapping) or ADDITIONAL_CONFIG_KEY not in additional:
+        return None
+    return ShardSettings.from_json(additional[ADDITIONAL_CONFIG_KEY])

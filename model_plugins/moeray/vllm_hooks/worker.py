@@ -1,0 +1,117 @@
+"""What the shard process asks of its EngineCore by `collective_rpc` (vLLM's `worker_extension_cls`).
+
+The names start with `moeray_` because vLLM mixes this class into its own worker.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from moeray.deepseek_v4 import Checkpoint, RoutedExperts
+from moeray.placement import Placement
+from moeray.transport import ModelIdentity, Transport, TransportSpec, connect
+from moeray.vllm_hooks.engram_layer import EngramLayer
+from moeray.vllm_hooks.hop import hop
+from moeray.vllm_hooks.loader import last_report
+from moeray.vllm_hooks.settings import ShardSettings, shard_settings
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker; holds no state of its own."""
+
+    vllm_config: Any
+    model_runner: Any
+
+    def moeray_connect(self, placement: dict[str, Any], addresses: list[str]) -> int:
+        """Build the transport of this placement, replacing the one in use.
+
+        Args:
+            placement: `Placement.to_json()`.
+            addresses: one per expert group, in group order; ignored by the local backend.
+        Returns:
+            The generation now in use.
+        Raises:
+            TransportError: a group cannot be reached or refuses; the shard is unconnected then.
+        """
+        settings = _settings(self.vllm_config)
+        wanted = Placement.from_json(placement)
+        hop.replace(None)
+        hop.replace(_connect(settings, self.vllm_config, wanted, addresses))
+        return wanted.generation
+
+    def moeray_tensors(self) -> dict[str, Any]:
+        """Every parameter and buffer of the shard, what was read from disk and what is mapped.
+
+        Returns:
+            {"parameters": {name: {"shape": [...], "dtype": str, "bytes": int}}, "parameter_bytes": int,
+             "read": [names], "skipped": [names], "bytes_read": int, "checkpoint_bytes": int, "mapped_bytes": int,
+             "local_expert_bytes": int (0 but for the local backend)}
+        """
+        settings = _settings(self.vllm_config)
+        model = self.model_runner.get_model()
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        parameters = {
+            name: {
+                "shape": list(tensor.shape),
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "bytes": tensor.nbytes,
+            }
+            for name, tensor in tensors.items()
+        }
+        report = last_report()
+        return {
+            "parameters": parameters,
+            "parameter_bytes": sum(each["bytes"] for each in parameters.values()),
+            "read": list(report.names) if report else [],
+            "skipped": list(report.skipped) if report else [],
+            "bytes_read": report.bytes_read if report else 0,
+            "checkpoint_bytes": report.bytes_total if report else 0,
+            "mapped_bytes": sum(each.table.mapped_bytes for each in model.modules() if isinstance(each, EngramLayer)),
+            "local_expert_bytes": _all_experts(settings).weight_bytes if settings.backend == "local" else 0,
+        }
+
+    def moeray_hop(self) -> dict[str, Any]:
+        """Costs of the hop since the last connect: see `HopCosts`, plus `generation`."""
+        return hop.report()
+
+
+def _settings(vllm_config: Any) -> ShardSettings:
+    settings = shard_settings(vllm_config)
+    if settings is None:
+        raise RuntimeError("this engine was started without moeray's settings (additional_config['moeray'])")
+    return settings
+
+
+def _connect(settings: ShardSettings, vllm_config: Any, placement: Placement, addresses: list[str]) -> Transport:
+    checkpoint = Checkpoint.open(settings.checkpoint)
+    spec = TransportSpec(
+        shard=settings.shard,
+        backend=settings.backend,
+        identity=_identity(checkpoint, vllm_config),
+        max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+        timeout_s=settings.timeout_s,
+        host=settings.host,
+        device=str(vllm_config.device_config.device),
+    )
+    return connect(spec, placement, addresses, _all_experts(settings) if settings.backend == "local" else None)
+
+
+def _identity(checkpoint: Checkpoint, vllm_config: Any) -> ModelIdentity:
+    shape = checkpoint.shape
+    return ModelIdentity(
+        fingerprint=checkpoint.fingerprint(),
+        hidden_size=shape.hidden_size,
+        num_experts=shape.num_experts,
+        num_layers=shape.num_layers,
+        top_k=shape.top_k,
+        dtype=str(vllm_config.model_config.dtype).removeprefix("torch."),
+    )
+
+
+@cache
+def _all_experts(settings: ShardSettings) -> RoutedExperts:
+    """For the local backend only: read once, kept for later generations."""
+    checkpoint = Checkpoint.open(settings.checkpoint)
+    everything = dict.fromkeys(checkpoint.shape.moe_layers, range(checkpoint.shape.num_experts))
+    return RoutedExperts.load(checkpoint, everything)
