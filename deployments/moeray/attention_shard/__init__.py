@@ -1,0 +1,1 @@
+"""One attention shard: the process around vLLM's EngineCore and its relay to the ingresses."""

@@ -1,0 +1,78 @@
+"""The parent's end of a shard process: start it, follow its events, stop it. Never imports vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import Callable
+
+from moeray.attention_shard.spec import Event, ShardSpec, decode_event, encode_spec
+
+STOP_GRACE_S = 3.0
+
+
+class ShardStartFailed(RuntimeError):
+    """The shard process ended before it could serve; carries its reason."""
+
+
+class ShardProcess:
+    """One running shard process. Its standard input is its lifeline: it ends when this process does."""
+
+    def __init__(self, process: asyncio.subprocess.Process, events: asyncio.StreamReader) -> None:
+        self._process = process
+        self._events = events
+        self._ready: Event | None = None
+
+    @classmethod
+    async def start(cls, spec: ShardSpec, on_stage: Callable[[str], None]) -> ShardProcess:
+        """Returns when the model is loaded and the relay listens.
+
+        Raises:
+            ShardStartFailed: with the process' own reason, or its exit status and what it was doing.
+        """
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "moeray.attention_shard.process",
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        if process.stdin is None or process.stdout is None:
+            raise ShardStartFailed("the shard process has no pipes")
+        process.stdin.write(encode_spec(spec))
+        child = cls(process, process.stdout)
+        stage = "starting"
+        while (event := await child._next_event()) is not None:
+            if event.event == "ready":
+                child._ready = event
+                return child
+            if event.event == "failed":
+                raise ShardStartFailed(event.text)
+            stage = event.text
+            on_stage(stage)
+        raise ShardStartFailed(f"the shard process ended with status {await process.wait()} while {stage}")
+
+    @property
+    def address(self) -> str:
+        """The relay's host:port."""
+        return f"{self._ready.host}:{self._ready.port}" if self._ready else ""
+
+    async def ended(self) -> str:
+        """Wait for the end of the process; returns why it ended."""
+        reason = ""
+        while (event := await self._next_event()) is not None:
+            reason = event.text or reason
+        status = await self._process.wait()
+        return reason or f"the shard process ended with status {status}"
+
+    async def stop(self) -> None:
+        """Ask it to drain, then insist."""
+        if self._process.returncode is None:
+            self._process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), STOP_GRACE_S)
+        if self._process.returncode is None:
+            self._process.kill()
+
+    async def _next_event(self) -> Event | None:
+        line = await self._events.readline()
+        return decode_event(line) if line else None

@@ -1,0 +1,160 @@
+"""The words that ingress and attention shard exchange: `moeray.internal.v1.Shard` on gRPC.
+
+Internal: both ends come from the same release, so the messages are msgpack structs and not a public proto. The payload
+of `Add` and `Outputs` is vLLM's own msgpack (`EngineCoreRequest`, `EngineCoreOutputs`), passed as the list of buffers
+that vLLM's encoder makes: the first one is the message, the others are arrays it refers to.
+
+`Link` is one bidirectional stream per ingress. The first frame each way is a `Hello`. Afterwards the ingress sends
+`Add` and `Abort`, the shard sends one `Outputs` per engine step for all requests of that ingress, and `Failed` for
+requests that will produce nothing more. Imports neither vllm nor ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+SERVICE = "moeray.internal.v1.Shard"
+LINK, CONNECT, INFO = (f"/{SERVICE}/{method}" for method in ("Link", "Connect", "Info"))
+
+MAX_FRAME_BYTES = 256 << 20
+"""Largest gRPC message on this hop; a prompt of one million tokens is about 5 MB."""
+
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
+    ("grpc.max_send_message_length", MAX_FRAME_BYTES),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    # The pool has its own backoff; gRPC's would add up to two minutes to it.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+)
+
+# What a Failed frame says about the fault: the ingress turns it into a status, people read the reason.
+ENGINE_DEAD, EXPERTS_LOST, DRAINING, BAD_FRAME = "engine_dead", "experts_lost", "draining", "bad_frame"
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """First frame each way.
+
+    Attributes:
+        protocol: PROTOCOL_VERSION of the sender.
+        vllm: the sender's vLLM version; both ends must run the same, since they exchange vLLM's own structs.
+        model: content fingerprint of the model's configuration and tokenizer (`moeray.vllm_hooks.fingerprint`).
+        name: who is speaking (ingress id or shard id), for log lines and errors.
+    """
+
+    protocol: int
+    vllm: str
+    model: str
+    name: str
+
+
+class Add(msgspec.Struct, frozen=True, tag="add"):
+    """One request: vLLM's msgpack of an EngineCoreRequest."""
+
+    request: list[bytes]
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """Stop these requests; ids the shard does not know are ignored."""
+
+    request_ids: list[str]
+
+
+class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
+    """One engine step: vLLM's msgpack of an EngineCoreOutputs with this ingress' requests only."""
+
+    outputs: list[bytes]
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """These requests ended without a result on this shard; `code` is one of the constants above."""
+
+    request_ids: list[str]
+    code: str
+    reason: str
+
+
+class Draining(msgspec.Struct, frozen=True, tag="draining"):
+    """The shard finishes what it has and takes nothing new on this link."""
+
+    reason: str
+
+
+class Connect(msgspec.Struct, frozen=True, tag="connect"):
+    """Unary request: adopt a placement.
+
+    Attributes:
+        generation: of the placement; the shard refuses to go back.
+        placement: `Placement.to_json()`.
+        addresses: where each expert group listens, in group order.
+    """
+
+    generation: int
+    placement: dict[str, Any]
+    addresses: list[str]
+
+
+class Info(msgspec.Struct, frozen=True, tag="info"):
+    """Unary request. `tensors`: also list the weights that the engine holds (slow, for proofs and tests)."""
+
+    tensors: bool = False
+
+
+class ShardInfo(msgspec.Struct, frozen=True, tag="shard_info"):
+    """Answer to Info and Connect.
+
+    Attributes:
+        state: starting | ready | draining | lost.
+        num_running, num_waiting: as vLLM's scheduler last reported them.
+        num_requests: requests of all ingresses that have not ended.
+        links: names of the connected ingresses.
+        hop: the transport's counters, as the worker gives them; empty before the first Connect.
+        tensors: what the engine holds, as `moeray_tensors` of the worker extension gives it, on request.
+    """
+
+    shard: str
+    state: str
+    pid: int
+    engine_pid: int
+    vllm: str
+    model: str
+    generation: int
+    num_running: int
+    num_waiting: int
+    num_requests: int
+    links: list[str]
+    hop: dict[str, Any]
+    tensors: dict[str, Any] | None = None
+
+
+ToShard = Hello | Add | Abort
+FromShard = Hello | Outputs | Failed | Draining
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_shard = msgspec.msgpack.Decoder(ToShard).decode
+decode_from_shard = msgspec.msgpack.Decoder(FromShard).decode
+decode_connect = msgspec.msgpack.Decoder(Connect).decode
+decode_info = msgspec.msgpack.Decoder(Info).decode
+decode_shard_info = msgspec.msgpack.Decoder(ShardInfo).decode
+
+
+def copied(buffers: Iterable[Any]) -> list[bytes]:
+    """The buffers of one vLLM message, which may be views of arrays that change, as bytes of their own."""
+    return [bytes(buffer) for buffer in buffers]
+
+
+def mismatch(ours: Hello, theirs: Hello) -> str | None:
+    """Why these two ends must not talk, naming both sides; None if they may."""
+    for what in ("protocol", "vllm", "model"):
+        mine, other = getattr(ours, what), getattr(theirs, what)
+        if mine != other:
+            return f"{what} differs: {ours.name} has {mine}, {theirs.name} has {other}"
+    return None

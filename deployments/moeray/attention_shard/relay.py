@@ -1,0 +1,263 @@
+"""The relay: one stream per ingress in, one vLLM engine behind.
+
+The engine is vLLM's `AsyncMPClient` (or anything with the four methods of `Engine`). One task takes each step's outputs
+from it, splits them by the ingress that owns each request, and queues one message per ingress. Nothing here waits for
+an ingress: a link that is too far behind is dropped, with its requests, and the others never notice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+import grpc
+import msgspec
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+from moeray.attention_shard import link as wire
+
+logger = logging.getLogger(__name__)
+
+MAX_QUEUED_BYTES = 32 << 20
+"""What may wait for one ingress: with 100 requests in flight at 10 ms a step, it may stand still for about 30 s."""
+
+HANDSHAKE_TIMEOUT_S = 10.0
+
+
+class Engine(Protocol):
+    """The part of vLLM's engine-core client that the relay uses."""
+
+    async def add_request_async(self, request: EngineCoreRequest) -> None: ...
+    async def abort_requests_async(self, request_ids: list[str]) -> None: ...
+    async def get_output_async(self) -> EngineCoreOutputs: ...
+
+
+class LinkDropped(Exception):
+    """The shard ends a link; becomes the stream's status."""
+
+    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+        super().__init__(details)
+        self.code, self.details = code, details
+
+
+class _Link:
+    """One connected ingress: its requests and the frames that wait to be written."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.request_ids: set[str] = set()
+        self.queued_bytes = 0
+        self._frames: asyncio.Queue[bytes | LinkDropped] = asyncio.Queue()
+        self._ended = False
+
+    def put(self, frame: wire.FromShard) -> None:
+        if not self._ended:
+            data = wire.encode(frame)
+            self.queued_bytes += len(data)
+            self._frames.put_nowait(data)
+
+    def end(self, code: grpc.StatusCode, details: str) -> None:
+        """Close the stream with a status once the queued frames are written."""
+        if not self._ended:
+            self._ended = True
+            self._frames.put_nowait(LinkDropped(code, details))
+
+    def drop(self, code: grpc.StatusCode, details: str) -> None:
+        """Close the stream with a status and forget what was queued, so that its memory is free at once."""
+        while not self._frames.empty():
+            self._frames.get_nowait()
+        self.queued_bytes, self._ended = 0, False
+        self.end(code, details)
+
+    async def next(self) -> bytes:
+        """The next frame to write.
+
+        Raises:
+            LinkDropped: nothing will follow.
+        """
+        frame = await self._frames.get()
+        if isinstance(frame, LinkDropped):
+            raise frame
+        self.queued_bytes -= len(frame)
+        return frame
+
+
+class Relay:
+    """Serves `Link` over one engine. Single event loop; `run` must be running for anything to come out.
+
+    Attributes:
+        not_ready: why links are refused for now (they try again), None when they are welcome.
+        draining: why new requests are refused for good, None when they are not.
+        num_running, num_waiting: as vLLM's scheduler last reported them.
+    """
+
+    def __init__(self, engine: Engine, hello: wire.Hello, max_queued_bytes: int = MAX_QUEUED_BYTES) -> None:
+        self.hello = hello
+        self.draining: str | None = None
+        self.not_ready: str | None = None
+        self.num_running = self.num_waiting = 0
+        self._engine = engine
+        self._max_queued_bytes = max_queued_bytes
+        self._links: set[_Link] = set()
+        self._owner: dict[str, _Link] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._dead: tuple[str, str] | None = None
+        self._encoder = MsgpackEncoder()
+        self._decoder = MsgpackDecoder(EngineCoreRequest)
+
+    @property
+    def link_names(self) -> list[str]:
+        return sorted(link.name for link in self._links)
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._owner)
+
+    async def run(self) -> None:
+        """Move outputs until the engine dies.
+
+        Raises:
+            Exception: whatever `get_output_async` raised; links still stand, so that `fail` can tell them why.
+        """
+        while True:
+            self._spread(await self._engine.get_output_async())
+
+    def drain(self, reason: str) -> None:
+        """Take no new request; those in flight go on."""
+        self.draining = reason
+        for link in self._links:
+            link.put(wire.Draining(reason))
+
+    def fail(self, code: str, reason: str) -> None:
+        """The engine is gone: every request in flight, and every later one, ends with this reason."""
+        self._dead = (code, reason)
+        for link in self._links:
+            link.put(wire.Failed(sorted(link.request_ids), code, reason))
+            link.request_ids.clear()
+        self._owner.clear()
+
+    def close(self, details: str) -> None:
+        """End every link once its queued frames are written."""
+        for link in self._links:
+            link.end(grpc.StatusCode.UNAVAILABLE, details)
+
+    async def link(
+        self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]
+    ) -> AsyncIterator[bytes]:
+        """The `Link` RPC."""
+        try:
+            theirs = await asyncio.wait_for(anext(frames), HANDSHAKE_TIMEOUT_S)
+            link = _Link(self._greet(theirs))
+        except (StopAsyncIteration, TimeoutError):
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"{self.hello.name}: no hello from the ingress")
+        except LinkDropped as drop:
+            await context.abort(drop.code, drop.details)
+        yield wire.encode(self.hello)
+        if self.draining is not None:
+            link.put(wire.Draining(self.draining))
+        self._links.add(link)
+        reader = asyncio.create_task(self._read(link, frames))
+        try:
+            while True:
+                yield await link.next()
+        except LinkDropped as drop:
+            await context.abort(drop.code, drop.details)
+        finally:
+            reader.cancel()
+            self._links.discard(link)
+            await self._forget(link)
+
+    def _greet(self, frame: bytes) -> str:
+        try:
+            theirs = wire.decode_to_shard(frame)
+        except msgspec.DecodeError as error:
+            raise LinkDropped(grpc.StatusCode.FAILED_PRECONDITION, f"{self.hello.name}: no hello: {error}") from error
+        if not isinstance(theirs, wire.Hello):
+            raise LinkDropped(grpc.StatusCode.FAILED_PRECONDITION, f"{self.hello.name}: no hello in the first frame")
+        if (why := wire.mismatch(self.hello, theirs)) is not None:
+            raise LinkDropped(grpc.StatusCode.FAILED_PRECONDITION, why)
+        if self.not_ready is not None:
+            raise LinkDropped(grpc.StatusCode.UNAVAILABLE, f"{self.hello.name}: {self.not_ready}")
+        return theirs.name
+
+    async def _read(self, link: _Link, frames: AsyncIterator[bytes]) -> None:
+        async for data in frames:
+            try:
+                frame = wire.decode_to_shard(data)
+                if isinstance(frame, wire.Abort):
+                    await self._engine.abort_requests_async([i for i in frame.request_ids if self._release(i, link)])
+                elif isinstance(frame, wire.Add):
+                    await self._add(link, self._decoder.decode(frame.request))
+            except msgspec.MsgspecError as error:
+                self._drop(
+                    link, grpc.StatusCode.INVALID_ARGUMENT, f"{self.hello.name}: bad frame from {link.name}: {error}"
+                )
+                return
+            except Exception as error:  # noqa: BLE001  the engine is gone: `run` ends and `fail` tells the reason
+                logger.warning("%s: a frame of %s was not taken: %s", self.hello.name, link.name, error)
+        link.end(grpc.StatusCode.UNAVAILABLE, f"{self.hello.name}: {link.name} closed its side")
+
+    async def _add(self, link: _Link, request: EngineCoreRequest) -> None:
+        request_id = request.request_id
+        if self._dead is not None:
+            link.put(wire.Failed([request_id], *self._dead))
+        elif self.draining is not None:
+            link.put(wire.Failed([request_id], wire.DRAINING, self.draining))
+        elif self.not_ready is not None:
+            link.put(wire.Failed([request_id], wire.EXPERTS_LOST, self.not_ready))
+        else:
+            self._owner[request_id] = link
+            link.request_ids.add(request_id)
+            await self._engine.add_request_async(request)
+
+    def _release(self, request_id: str, link: _Link) -> bool:
+        """Forget one request of `link`; False if it is not (or no longer) one of its own."""
+        if self._owner.get(request_id) is not link:
+            return False
+        del self._owner[request_id]
+        link.request_ids.discard(request_id)
+        return True
+
+    async def _forget(self, link: _Link) -> None:
+        """Abort what a vanished ingress left behind."""
+        request_ids = list(link.request_ids)
+        for request_id in request_ids:
+            self._release(request_id, link)
+        if request_ids and self._dead is None:
+            await self._engine.abort_requests_async(request_ids)
+
+    def _spread(self, step: EngineCoreOutputs) -> None:
+        if (stats := step.scheduler_stats) is not None:
+            self.num_running, self.num_waiting = stats.num_running_reqs, stats.num_waiting_reqs
+        by_link: defaultdict[_Link, list[EngineCoreOutput]] = defaultdict(list)
+        for output in step.outputs:
+            if (link := self._owner.get(output.request_id)) is not None:
+                by_link[link].append(output)
+                if output.finish_reason is not None:
+                    self._release(output.request_id, link)
+        for link, outputs in by_link.items():
+            message = EngineCoreOutputs(outputs=outputs, timestamp=step.timestamp, weight_version=step.weight_version)
+            link.put(wire.Outputs(wire.copied(self._encoder.encode(message))))
+            if link.queued_bytes > self._max_queued_bytes:
+                details = f"ingress {link.name} is {link.queued_bytes} bytes behind, {self._max_queued_bytes} are kept"
+                self._drop(link, grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self.hello.name}: {details}")
+
+    def _drop(self, link: _Link, code: grpc.StatusCode, details: str) -> None:
+        logger.error("%s", details)
+        link.drop(code, details)
+        task = asyncio.create_task(self._forget(link))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def handlers(relay: Relay, unary: dict[str, Any]) -> grpc.GenericRpcHandler:
+    """gRPC handlers of the service; `unary` maps Connect and Info to `async (bytes, context) -> bytes`."""
+    methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
+        name: grpc.unary_unary_rpc_method_handler(behaviour) for name, behaviour in unary.items()
+    }
+    methods["Link"] = grpc.stream_stream_rpc_method_handler(relay.link)
+    return grpc.method_handlers_generic_handler(wire.SERVICE, methods)

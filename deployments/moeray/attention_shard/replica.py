@@ -1,0 +1,157 @@
+"""The Serve replica of an attention shard: keeps one shard process, connects it to the expert groups, ends with it.
+
+The replica does no work on tokens and never imports vLLM: ingresses talk to the shard process' relay directly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import grpc
+import ray
+
+from moeray.attention_shard import link as wire
+from moeray.attention_shard.child import ShardProcess
+from moeray.attention_shard.spec import ShardSpec
+from moeray.config import ClusterConfig
+from moeray.controller.member import ClusterMember
+from moeray.controller.settings import ControllerSettings
+from moeray.membership import Role, View
+from moeray.placement.cores import cores_of
+from moeray.vllm_hooks.settings import ShardSettings
+
+logger = logging.getLogger(__name__)
+
+REPORT_S = 0.5
+CONNECT_TIMEOUT_S = 60.0
+
+
+class AttentionShard:
+    """Serve deployment. Its constructor returns when the model is loaded; it is ready when the groups are connected."""
+
+    async def __init__(self, config: ClusterConfig, directory: str, settings: ControllerSettings) -> None:
+        self._child: ShardProcess | None = None
+        self._lost = ""
+        self._stage = "starting"
+        self._generation = 0
+        self._is_ready = False
+        self._weights: dict[str, int] = {}
+        self._member = ClusterMember(Role.ATTENTION_SHARD, settings)
+        index = await self._member.join()
+        self._member.every(REPORT_S, self._report)
+        self._child = await ShardProcess.start(_spec(config, directory, settings, index), self._set_stage)
+        self._channel = grpc.aio.insecure_channel(self._child.address, options=wire.CHANNEL_OPTIONS)
+        self._weights = _summary((await self._info(tensors=True)).tensors or {})
+        self._reaper = asyncio.create_task(self._reap(self._child))
+        self._member.follow(self._on_view)
+
+    async def check_health(self) -> None:
+        """Serve asks this every second; an error makes it replace the replica.
+
+        Raises:
+            RuntimeError: the shard process is gone.
+        """
+        if self._lost:
+            raise RuntimeError(self._lost)
+
+    async def __del__(self) -> None:
+        await self._member.leave()
+        if self._child is not None:
+            await self._child.stop()
+
+    def _set_stage(self, stage: str) -> None:
+        self._stage = stage
+
+    async def _reap(self, child: ShardProcess) -> None:
+        """The replica must not outlive its process."""
+        self._lost = await child.ended()
+        logger.error("%s", self._lost)
+        await self._member.lost(self._lost)
+
+    async def _on_view(self, view: View) -> None:
+        if self._child is None or self._lost:
+            return
+        if not view.is_complete:
+            if self._is_ready:
+                self._is_ready = False
+                self._stage = "waiting for expert groups"
+                await self._member.unready()
+            return
+        if view.generation != self._generation:
+            await self._connect(view)
+        if not self._is_ready and view.generation == self._generation:
+            await self._member.ready(self._child.address)
+            self._is_ready = True
+
+    async def _connect(self, view: View) -> None:
+        """Give the engine the groups of a generation.
+
+        Raises:
+            grpc.aio.AioRpcError: a group did not answer or refused; it is tried again until the view changes.
+        """
+        self._stage = f"connecting to {len(view.group_addresses)} expert groups"
+        placement = await self._member.placement()
+        if placement["generation"] != view.generation:
+            return  # the state moved on; its newer view is on the way
+        await self._call(wire.CONNECT, wire.Connect(view.generation, placement, list(view.group_addresses)))
+        self._generation = view.generation
+
+    async def _info(self, *, tensors: bool = False) -> wire.ShardInfo:
+        return await self._call(wire.INFO, wire.Info(tensors=tensors))
+
+    async def _call(self, method: str, request: wire.Connect | wire.Info) -> wire.ShardInfo:
+        answer: bytes = await self._channel.unary_unary(method)(wire.encode(request), timeout=CONNECT_TIMEOUT_S)
+        return wire.decode_shard_info(answer)
+
+    async def _report(self) -> dict[str, Any]:
+        if not self._weights or self._lost:
+            return {"stage": self._stage}
+        info = await self._info()
+        return {
+            "stage": self._stage,
+            "shard_pid": info.pid,
+            "engine_pid": info.engine_pid,
+            "running": info.num_running,
+            "waiting": info.num_waiting,
+            "hop": info.hop,
+            "weights": self._weights,
+        }
+
+
+def _summary(tensors: dict[str, Any]) -> dict[str, int]:
+    """What the engine holds and what it left on the disk; the whole list is the relay's to give (`Info`)."""
+    return {
+        "num_tensors": len(tensors["parameters"]),
+        "bytes": tensors["parameter_bytes"],
+        "bytes_read": tensors["bytes_read"],
+        "checkpoint_bytes": tensors["checkpoint_bytes"],
+        "num_tensors_left_out": len(tensors["skipped"]),
+    }
+
+
+def _spec(config: ClusterConfig, directory: str, settings: ControllerSettings, index: int) -> ShardSpec:
+    num_processes = config.attention.num_shards + settings.num_groups
+    on_gpu = config.attention.num_gpus > 0
+    host = ray.util.get_node_ip_address()
+    shard = ShardSettings(
+        shard=f"shard-{index}",
+        backend=config.transport.backend,
+        checkpoint=Path(directory),
+        timeout_s=config.transport.timeout_s,
+        host=host,
+    )
+    return ShardSpec(
+        shard=shard.shard,
+        host=host,
+        cpus=None if on_gpu else cores_of(index, num_processes, sorted(os.sched_getaffinity(0))),
+        engine={
+            "model": directory,
+            "model_name": settings.model,
+            "engine_args": config.attention.engine_args,
+            "moeray": shard.to_json(),
+        },
+    )

@@ -1,0 +1,129 @@
+"""`moeray.internal.v1.Shard` on grpc.aio: the relay's Link beside the unary Connect and Info."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from typing import Any
+
+import grpc
+import msgspec
+
+from moeray.attention_shard import link as wire
+from moeray.attention_shard.engine import ShardEngine
+from moeray.attention_shard.relay import Relay, handlers
+from moeray.attention_shard.spec import ShardSpec
+
+logger = logging.getLogger(__name__)
+
+_NOT_CONNECTED = "not connected to its expert groups yet"
+
+
+class ShardService:
+    """One shard's server. `run` ends only by raising EngineLost."""
+
+    def __init__(self, spec: ShardSpec, engine: ShardEngine) -> None:
+        hello = wire.Hello(wire.PROTOCOL_VERSION, engine.vllm, engine.model, f"attention shard {spec.shard}")
+        self.relay = Relay(engine, hello)
+        self.relay.not_ready = _NOT_CONNECTED if spec.wait_for_connect else None
+        self._spec, self._engine = spec, engine
+        self._generation = 0
+        self._connecting = asyncio.Lock()
+        self._lost = False
+        self._server = grpc.aio.server(options=wire.CHANNEL_OPTIONS)
+
+    async def start(self) -> int:
+        """Bind; returns the port.
+
+        Raises:
+            RuntimeError: the address is taken.
+        """
+        unary = {"Connect": self._connect, "Info": self._info}
+        self._server.add_generic_rpc_handlers((handlers(self.relay, unary),))
+        port: int = self._server.add_insecure_port(f"{self._spec.host}:{self._spec.port}")
+        await self._server.start()
+        return port
+
+    async def run(self) -> None:
+        await self.relay.run()
+
+    async def drain(self, reason: str, drain_s: float, hurry: asyncio.Event) -> None:
+        """Take nothing new, let requests in flight end for at most `drain_s` (or until `hurry`), then close."""
+        self.relay.drain(reason)
+
+        async def idle() -> None:
+            while self.relay.num_requests:
+                await asyncio.sleep(0.02)
+
+        waits = {asyncio.create_task(idle()), asyncio.create_task(hurry.wait())}
+        await asyncio.wait(waits, timeout=drain_s, return_when=asyncio.FIRST_COMPLETED)
+        for task in waits:
+            task.cancel()
+        self.relay.fail(wire.DRAINING, reason)
+        await self._close(reason, grace_s=1.0)
+
+    async def fail(self, code: str, reason: str, grace_s: float) -> None:
+        """Tell every ingress why the engine is gone."""
+        logger.error("%s", reason)
+        self._lost = True
+        self.relay.fail(code, reason)
+        await self._close(reason, grace_s)
+
+    async def _close(self, reason: str, grace_s: float) -> None:
+        self.relay.close(reason)
+        await self._server.stop(grace_s)
+
+    async def _connect(self, data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+        try:
+            request = wire.decode_connect(data)
+        except msgspec.DecodeError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"{self._spec.shard}: bad Connect: {error}")
+        async with self._connecting:
+            if request.generation < self._generation:
+                why = f"{self._spec.shard} is on generation {self._generation}, Connect asks for {request.generation}"
+                await context.abort(grpc.StatusCode.FAILED_PRECONDITION, why)
+            try:
+                await self._engine.call_worker("moeray_connect", request.placement, request.addresses)
+            except Exception as error:  # noqa: BLE001  vLLM carries a worker's error across as a bare Exception
+                why = f"{self._spec.shard}: generation {request.generation} could not be connected: {error}"
+                self.relay.not_ready = why
+                await context.abort(grpc.StatusCode.UNAVAILABLE, why)
+            self._generation = request.generation
+            self.relay.not_ready = None
+        return wire.encode(await self._describe(tensors=False))
+
+    async def _info(self, data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+        try:
+            request = wire.decode_info(data)
+        except msgspec.DecodeError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"{self._spec.shard}: bad Info: {error}")
+        return wire.encode(await self._describe(request.tensors))
+
+    async def _describe(self, tensors: bool) -> wire.ShardInfo:
+        relay = self.relay
+        hop: dict[str, Any] = {}
+        if self._generation and not self._lost:
+            hop = await self._engine.call_worker("moeray_hop")
+        return wire.ShardInfo(
+            shard=self._spec.shard,
+            state=self._state(),
+            pid=os.getpid(),
+            engine_pid=self._engine.pid,
+            vllm=self._engine.vllm,
+            model=self._engine.model,
+            generation=self._generation,
+            num_running=relay.num_running,
+            num_waiting=relay.num_waiting,
+            num_requests=relay.num_requests,
+            links=relay.link_names,
+            hop=hop,
+            tensors=await self._engine.call_worker("moeray_tensors") if tensors else None,
+        )
+
+    def _state(self) -> str:
+        if self._lost:
+            return "lost"
+        if self.relay.draining is not None:
+            return "draining"
+        return "starting" if self.relay.not_ready is not None else "ready"

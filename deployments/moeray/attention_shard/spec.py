@@ -1,0 +1,70 @@
+"""What a shard process is told, and what it tells back: one JSON line in, JSON lines out. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import msgspec
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSpec:
+    """Everything one shard process needs; it reads no settings from the environment.
+
+    Attributes:
+        shard: id of the shard, in every log line and error.
+        engine: keyword arguments of `moeray.vllm_hooks.engine_args.shard_engine_args`.
+        host, port: where the relay listens; port 0 takes a free one.
+        cpus: cores the process and its EngineCore are pinned to; None leaves them where the parent was.
+        num_threads: OpenMP threads of the engine; None is one per pinned core.
+        wait_for_connect: refuse ingresses until the expert groups' addresses have come through `Connect`.
+        drain_s: how long SIGTERM lets requests in flight go on.
+    """
+
+    shard: str
+    engine: dict[str, Any]
+    host: str = "127.0.0.1"
+    port: int = 0
+    cpus: list[int] | None = None
+    num_threads: int | None = None
+    wait_for_connect: bool = True
+    drain_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One line from the shard process.
+
+    Attributes:
+        event: progress (still starting), ready (port and pids are set), failed (never became ready), lost (was ready,
+            the engine died), stopped (drained and left).
+        text: the stage, or the reason.
+    """
+
+    event: Literal["progress", "ready", "failed", "lost", "stopped"]
+    shard: str
+    text: str = ""
+    host: str = ""
+    port: int = 0
+    pid: int = 0
+    engine_pid: int = 0
+    seconds: float = field(default=0.0)
+    """Since the process started."""
+
+
+def encode_spec(spec: ShardSpec) -> bytes:
+    return msgspec.json.encode(spec) + b"\n"
+
+
+def decode_spec(line: bytes) -> ShardSpec:
+    """Raises msgspec.ValidationError naming the field."""
+    return msgspec.json.decode(line, type=ShardSpec)
+
+
+def encode_event(event: Event) -> bytes:
+    return msgspec.json.encode(event) + b"\n"
+
+
+def decode_event(line: bytes) -> Event:
+    return msgspec.json.decode(line, type=Event)

@@ -1,0 +1,5 @@
+"""The `moeray` command."""
+
+from moeray.cli.commands import main
+
+__all__ = ["main"]

@@ -1,0 +1,107 @@
+"""Arguments and dispatch; each command lives in the module of its name and is imported when used."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from moeray.cli.errors import CommandError
+from moeray.config import ConfigError
+
+EXAMPLES = """\
+examples:
+  moeray up                                the bundled model: 2 attention shards, 2 expert groups, 1 ingress
+  moeray up -f cluster.yaml --detach       come back when it is ready, leave it running
+  moeray chat "What is an expert group?"   ask it over gRPC; --http for the OpenAI API
+  moeray status --json                     processes, endpoints, routed tokens
+  moeray down                              stop what `up` started
+  RAY_ADDRESS=host:6379 moeray up          on a Ray cluster that is there already
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0, 1 (it failed) or 2 (what was asked for is wrong)."""
+    options = _parser().parse_args(arguments)
+    try:
+        return _run(options)
+    except ConfigError as error:
+        print(f"moeray: {error}", file=sys.stderr)
+        return 2
+    except CommandError as error:
+        print(f"moeray: {error}", file=sys.stderr)
+        return error.status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `moeray status | head`: the reader has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 (the interpreter flushes it when it ends)
+        return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.command == "up":
+        from moeray.cli.up import up
+
+        return up(options.file, detach=options.detach, timeout_s=options.timeout, supervise=options.supervise)
+    if options.command == "down":
+        from moeray.cli.down import down
+
+        return down()
+    if options.command == "status":
+        from moeray.cli.status import status
+
+        return status(as_json=options.json)
+    if options.command == "chat":
+        from moeray.cli.chat import chat
+
+        return chat(
+            options.question, http=options.http, api_key=options.api_key, max_tokens=options.max_tokens,
+            thinking=options.thinking,
+        )  # fmt: skip
+    from moeray.cli.demo import demo
+
+    return demo(options.file)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moeray",
+        description="Serve DeepSeek-V4-class models with attention and experts on separate Ray workers.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    up = commands.add_parser(
+        "up", help="start a cluster and wait until it is ready",
+        description="Start a cluster, on embedded Ray unless RAY_ADDRESS is set, wait until it serves, print the endpoints. "
+        "In the foreground it runs until Ctrl-C.",
+        epilog="example: moeray up -f cluster.yaml --detach", formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    _file(up)
+    up.add_argument("--detach", action="store_true", help="return when ready and leave the cluster running")
+    up.add_argument("--timeout", type=float, default=600.0, metavar="S", help="give up after S seconds (default 600)")
+    up.add_argument("--supervise", action="store_true", help=argparse.SUPPRESS)
+
+    commands.add_parser("down", help="stop the cluster that `up` started", epilog="example: moeray down")
+
+    status = commands.add_parser("status", help="show processes, endpoints and load", epilog="example: moeray status --json")
+    status.add_argument("--json", action="store_true", help="as JSON, for scripts")
+
+    chat = commands.add_parser("chat", help="ask one question and stream the answer",
+                               epilog='example: moeray chat "What is an expert group?"')  # fmt: skip
+    chat.add_argument("question")
+    chat.add_argument("--http", action="store_true", help="over the OpenAI HTTP API instead of gRPC")
+    chat.add_argument("--api-key", metavar="KEY", help="sent as a bearer token")
+    chat.add_argument("--max-tokens", type=int, default=256, metavar="N", help="longest answer (default 256)")
+    chat.add_argument("--thinking", action="store_true", help="let the model think first")
+
+    demo = commands.add_parser("demo", help="start a cluster, ask it over gRPC and HTTP, print, stop", epilog="example: moeray demo")
+    _file(demo)
+    return parser
+
+
+def _file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-f", "--file", type=Path, metavar="CLUSTER.YAML", help="configuration (default: the bundled model)")

@@ -1,0 +1,88 @@
+"""`moeray demo`: the whole way once, on this machine, without a question; what `make demo` runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moeray.cli.chat import ask_grpc, ask_http
+from moeray.cli.connection import cluster_state
+from moeray.cli.errors import CommandError
+from moeray.cli.preflight import preflight
+from moeray.cli.status import render, us_per_call
+from moeray.cli.up import running
+from moeray.config import ClusterConfig, load_config
+
+OVER_GRPC = "What is an expert group?"
+OVER_HTTP = "What is an attention shard?"
+START_S = 300.0
+REPORT_WAIT_S = 1.5  # processes publish their counters twice a second
+
+
+def demo(file: Path | None) -> int:
+    config = _with_free_ports(load_config(file))
+    preflight(config)
+    print("starting 1 ingress, 2 attention shards, 2 expert groups on embedded Ray (loopback only; no TLS, no API keys)"
+          if file is None else f"starting the cluster of {file}", flush=True)  # fmt: skip
+    with running(config, START_S) as cluster:
+        before = cluster_state()
+        print(f"\n{render(before)}\n")
+        _ask("gRPC", OVER_GRPC, ask_grpc(cluster.grpc, OVER_GRPC))
+        _ask("HTTP", OVER_HTTP, ask_http(cluster.http, OVER_HTTP))
+        time.sleep(REPORT_WAIT_S)
+        _print_work(cluster_state())
+    print("stopped")
+    return 0
+
+
+def _ask(protocol: str, question: str, pieces: Iterator[str]) -> None:
+    print(f"[{protocol}] > {question}\n[{protocol}] < ", end="", flush=True)
+    started = time.perf_counter()
+    arrivals = []
+    for piece in pieces:
+        arrivals.append(time.perf_counter())
+        print(piece, end="", flush=True)
+    if not arrivals:
+        raise CommandError(f"the answer over {protocol} was empty")
+    first_ms = (arrivals[0] - started) * 1e3
+    each_ms = (arrivals[-1] - arrivals[0]) * 1e3 / max(1, len(arrivals) - 1)
+    print(f"\n       first token after {first_ms:.0f} ms, then {each_ms:.1f} ms per token ({len(arrivals)} pieces)\n")
+
+
+def _print_work(state: dict[str, Any]) -> None:
+    groups = [process for process in state["processes"] if process["role"] == "expert_group"]
+    total = sum(group["experts"]["routed_tokens"] for group in groups) or 1
+    print("routed tokens per expert group (a token counts once per expert it visits, per layer):")
+    for group in groups:
+        experts = group["experts"]
+        share = experts["routed_tokens"] / total
+        print(f"  group {group['index']}: {experts['routed_tokens']:7d}  {'#' * round(40 * share)} {share:.0%}")
+    for shard in (process for process in state["processes"] if process["role"] == "attention_shard"):
+        if (hop := shard.get("hop")) and hop["calls"]:
+            print(f"  shard {shard['index']}: {hop['calls']} layer calls over the hop, {us_per_call(hop):.0f} us each")
+
+
+def _with_free_ports(config: ClusterConfig) -> ClusterConfig:
+    """The configured ports, or free ones where something else has them: a demo asks nothing and disturbs nobody."""
+    ingress = config.ingress
+    ports = {key: _free_port(ingress.host, getattr(ingress, key)) for key in ("http_port", "grpc_port")}
+    for key, port in ports.items():
+        if port != getattr(ingress, key):
+            print(f"port {getattr(ingress, key)} is taken, the demo uses {port} as ingress.{key}")
+    return dataclasses.replace(config, ingress=dataclasses.replace(ingress, **ports))
+
+
+def _free_port(host: str, wanted: int) -> int:
+    for port in (wanted, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise CommandError(f"no free port on {host}")

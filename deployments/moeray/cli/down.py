@@ -1,0 +1,57 @@
+"""`moeray down`: stop what `up` started, and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+
+from moeray.cli import state_file
+from moeray.cli.connection import NOT_RUNNING, ray_connection
+from moeray.cli.errors import CommandError
+
+SUPERVISOR_STOP_S = 45.0
+
+
+def down() -> int:
+    """Embedded: end the supervisor, which takes its Ray with it. On foreign Ray: delete our application and controller."""
+    cluster = state_file.read()
+    if os.environ.get("RAY_ADDRESS") or (cluster is not None and not cluster.is_embedded):
+        with ray_connection():
+            remove_application()
+        state_file.remove()
+    elif cluster is None:
+        raise CommandError(NOT_RUNNING)
+    else:
+        _stop_supervisor(cluster)
+    print("moeray: stopped")
+    return 0
+
+
+def remove_application() -> None:
+    """Delete our Serve application and the controller from the connected Ray cluster."""
+    import ray
+    from ray import serve
+
+    from moeray.app import APP_NAME
+    from moeray.controller.actor import controller
+
+    with contextlib.suppress(Exception):  # Serve raises bare exceptions when it or the application is not there
+        serve.delete(APP_NAME)
+    with contextlib.suppress(ValueError):
+        ray.kill(controller(), no_restart=True)
+
+
+def _stop_supervisor(cluster: state_file.RunningCluster) -> None:
+    os.kill(cluster.supervisor_pid, signal.SIGTERM)
+    deadline = time.monotonic() + SUPERVISOR_STOP_S
+    while cluster.is_alive:
+        if time.monotonic() > deadline:
+            os.kill(cluster.supervisor_pid, signal.SIGKILL)
+            raise CommandError(
+                f"the supervisor (pid {cluster.supervisor_pid}) did not stop within {SUPERVISOR_STOP_S:g} s and was killed; "
+                f"its log: {state_file.log_path()}"
+            )
+        time.sleep(0.05)
+    state_file.remove()

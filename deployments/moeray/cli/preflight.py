@@ -1,0 +1,92 @@
+"""What can be found wrong before anything is started: checkpoint, topology, ports, memory."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import psutil
+
+from moeray.cli.errors import CommandError
+from moeray.config import ClusterConfig, ConfigError
+from moeray.deepseek_v4.checkpoint import Checkpoint
+from moeray.deepseek_v4.errors import CheckpointError
+from moeray.deepseek_v4.source import locate
+
+# Resident memory of one process of each role before any weight, measured with `moeray status` on the bundled model.
+INGRESS_BYTES = 1200 * 2**20
+SHARD_BYTES = 1500 * 2**20
+GROUP_BYTES = 450 * 2**20
+RAY_BYTES = 800 * 2**20
+
+
+def preflight(config: ClusterConfig) -> None:
+    """Raises ConfigError or CommandError with what is wrong and what to do."""
+    try:
+        checkpoint = Checkpoint.open(locate(config.model))
+    except CheckpointError as error:
+        raise ConfigError(f"model: {error}") from error
+    if config.experts.num_groups > checkpoint.shape.num_experts:
+        raise ConfigError(
+            f"experts.num_groups: {config.experts.num_groups} groups cannot share {checkpoint.shape.num_experts} routed experts"
+        )
+    if os.environ.get("RAY_ADDRESS"):
+        return  # ports and memory are those of other nodes
+    _check_ports(config)
+    _check_memory(config, checkpoint)
+
+
+def _check_ports(config: ClusterConfig) -> None:
+    ingress = config.ingress
+    if ingress.http_port == ingress.grpc_port:
+        raise ConfigError(f"ingress.grpc_port: {ingress.grpc_port} is ingress.http_port too; choose two ports")
+    for key, port in (("http_port", ingress.http_port), ("grpc_port", ingress.grpc_port)):
+        family = socket.AF_INET6 if ":" in ingress.host else socket.AF_INET
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((ingress.host, port))
+            except OSError as error:
+                raise ConfigError(
+                    f"ingress.{key}: cannot listen on {ingress.host}:{port}: {error.strerror}; "
+                    f"stop what uses it or set another ingress.{key}"
+                ) from error
+
+
+def _check_memory(config: ClusterConfig, checkpoint: Checkpoint) -> None:
+    num_shards = config.attention.num_shards
+    num_groups = 0 if config.transport.backend == "local" else config.experts.num_groups
+    kv_bytes = int(config.attention.engine_args.get("kv_cache_memory_bytes") or 2**28)
+    weights = sum(path.stat().st_size for path in Path(checkpoint.path).glob("*.safetensors"))
+    needed = (
+        RAY_BYTES
+        + config.ingress.num_replicas * INGRESS_BYTES
+        + num_shards * (SHARD_BYTES + kv_bytes + weights)
+        + num_groups * GROUP_BYTES
+        + (weights if num_groups else 0)
+    )
+    available = _available_bytes()
+    if needed > available:
+        raise CommandError(
+            f"too little memory: {_gib(available)} GiB are free, about {_gib(needed)} GiB are needed "
+            f"({config.ingress.num_replicas} ingress, {num_shards} attention shards with {_gib(kv_bytes)} GiB KV cache and "
+            f"{_gib(weights)} GiB weights at most each, {num_groups} expert groups); lower attention.num_shards, "
+            "experts.num_groups or attention.engine_args.kv_cache_memory_bytes",
+            status=2,
+        )
+
+
+def _available_bytes() -> int:
+    """What this process may still use: the machine's free memory or the control group's, whichever is less."""
+    available = int(psutil.virtual_memory().available)
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except OSError:
+        return available
+    return available if limit == "max" else min(available, int(limit) - used)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f}"

@@ -1,0 +1,53 @@
+"""`moeray status`: who runs where, and how much work each did."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from moeray.cli.connection import cluster_state, ray_connection
+
+COLUMNS = ("role", "id", "pid", "node", "state", "work")
+
+
+def status(*, as_json: bool) -> int:
+    with ray_connection():
+        state = cluster_state()
+    print(json.dumps(state, indent=2) if as_json else render(state))
+    return 0
+
+
+def render(state: dict[str, Any]) -> str:
+    """The controller's account as text."""
+    endpoints = state["endpoints"] or {"http": "not ready", "grpc": "not ready"}
+    complete = "" if state["is_complete"] else "  (an expert group is missing: nothing can be generated until it is back)"
+    rows = [COLUMNS, *(_row(process) for process in state["processes"])]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    head = f"model {state['model']}   generation {state['generation']}{complete}\nHTTP  {endpoints['http']}\ngRPC  {endpoints['grpc']}"
+    return "\n".join([head, "", *table])
+
+
+def _row(process: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        str(process["role"]),
+        str(process["id"]),
+        str(process["pid"]),
+        str(process["node"])[:8],
+        str(process["state"]) + (f" ({process['reason']})" if process.get("reason") else ""),
+        _work(process),
+    )
+
+
+def _work(process: dict[str, Any]) -> str:
+    if experts := process.get("experts"):
+        return f"{experts['num_experts']} experts x {experts['num_layers']} layers, {experts['routed_tokens']} routed tokens"
+    if hop := process.get("hop"):
+        return f"{hop['calls']} layer calls, {us_per_call(hop):.0f} us each"
+    return ""
+
+
+def us_per_call(hop: dict[str, Any]) -> float:
+    """Mean time of one layer call, from the start of dispatch to the end of combine, the shared expert included."""
+    total_us: float = hop["dispatch_us"] + hop["overlap_us"] + hop["combine_us"]
+    return total_us / hop["calls"] if hop["calls"] else 0.0

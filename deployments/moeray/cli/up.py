@@ -1,0 +1,158 @@
+"""`moeray up`: start a cluster, show how it gets on, come back when it serves."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from moeray.cli import environment, state_file
+from moeray.cli.connection import connect
+from moeray.cli.down import remove_application
+from moeray.cli.errors import CommandError
+from moeray.cli.preflight import preflight
+from moeray.cli.progress import wait_until_ready
+from moeray.config import ClusterConfig, load_config
+
+OBJECT_STORE_BYTES = 100 * 2**20  # nothing of ours goes through Ray's object store
+ALREADY_RUNNING = "a cluster is running already (supervisor pid {pid}, {http}); `moeray down` stops it"
+
+
+def up(file: Path | None, *, detach: bool, timeout_s: float, supervise: bool = False) -> int:
+    """See module docstring. `supervise` is the background half of `--detach`: what it prints goes to the log file."""
+    config = load_config(file)
+    if not supervise:
+        _refuse_second()
+        preflight(config)
+    if detach and not os.environ.get("RAY_ADDRESS"):
+        return _detached(file, timeout_s)
+    with running(config, timeout_s) as cluster:
+        _print_endpoints(cluster)
+        if detach:
+            return 0
+        print("running; Ctrl-C stops it", flush=True)
+        _until_signal()
+    return 0
+
+
+@contextlib.contextmanager
+def running(config: ClusterConfig, timeout_s: float, *, keep: bool = False) -> Iterator[state_file.RunningCluster]:
+    """A ready cluster while the block runs; on foreign Ray it stays when the block ends without an error."""
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        connect(address)
+    else:
+        _start_embedded_ray()
+    import ray
+
+    started = False
+    try:
+        cluster = _deploy(config, timeout_s, is_embedded=not address)
+        state_file.write(cluster)
+        started = True
+        yield cluster
+    finally:
+        if not address or not started:
+            _stop()
+        ray.shutdown()
+
+
+def _start_embedded_ray() -> None:
+    """One Ray node on loopback that lives and dies with this process."""
+    environment.prepare(embedded=True)
+    import ray
+
+    from moeray.controller.settings import NAMESPACE
+
+    ray.init(
+        address="local",
+        namespace=NAMESPACE,
+        num_cpus=max(8, os.cpu_count() or 1),  # replicas ask for small shares; the kernel divides the real cores
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+
+
+def _deploy(config: ClusterConfig, timeout_s: float, *, is_embedded: bool) -> state_file.RunningCluster:
+    import ray
+    from ray import serve
+
+    from moeray.app import APP_NAME, build
+
+    application = build(config)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    serve.start(proxy_location="Disabled")
+    serve.run_many(
+        [serve.RunTarget(application, name=APP_NAME, route_prefix=None)],
+        wait_for_ingress_deployment_creation=False,
+        wait_for_applications_running=False,
+    )
+    endpoints = wait_until_ready(config, timeout_s)
+    pid = os.getpid() if is_embedded else 0
+    return state_file.RunningCluster(
+        ray_address=ray.get_runtime_context().gcs_address,
+        supervisor_pid=pid,
+        supervisor_started=state_file.started_ticks(pid) or 0 if pid else 0,
+        http=endpoints["http"],
+        grpc=endpoints["grpc"],
+    )
+
+
+def _stop() -> None:
+    from ray import serve
+
+    remove_application()
+    if not os.environ.get("RAY_ADDRESS"):
+        with contextlib.suppress(Exception):
+            serve.shutdown()
+    state_file.remove()
+
+
+def _detached(file: Path | None, timeout_s: float) -> int:
+    """Start a supervisor in a session of its own and follow its log until it is ready or gone."""
+    command = [sys.executable, "-m", "moeray.cli", "up", "--supervise", "--timeout", str(timeout_s)]
+    if file is not None:
+        command += ["-f", str(file.resolve())]
+    log = state_file.log_path()
+    with log.open("wb") as sink, log.open("r", encoding="utf-8", errors="replace") as source:
+        supervisor = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        while (cluster := state_file.read()) is None:
+            sys.stdout.write(source.read())
+            sys.stdout.flush()
+            if supervisor.poll() is not None:
+                sys.stdout.write(source.read())
+                raise CommandError(f"the cluster did not start; the whole log: {log}")
+            time.sleep(0.1)
+        sys.stdout.write(source.read())
+    _print_endpoints(cluster)
+    print("detached; `moeray down` stops it", flush=True)
+    return 0
+
+
+def _refuse_second() -> None:
+    cluster = None if os.environ.get("RAY_ADDRESS") else state_file.read()
+    if cluster is not None and cluster.is_embedded:
+        raise CommandError(ALREADY_RUNNING.format(pid=cluster.supervisor_pid, http=cluster.http), status=2)
+
+
+def _print_endpoints(cluster: state_file.RunningCluster) -> None:
+    print(f"ready\n  HTTP  {cluster.http}/v1  (OpenAI)\n  gRPC  {cluster.grpc}  (moeray.v1.Inference)", flush=True)
+
+
+def _until_signal() -> None:
+    stop = threading.Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda *_: stop.set())
+    stop.wait()
+    print("stopping", flush=True)

@@ -1,0 +1,1 @@
+"""The controller: one named actor that knows who is in the cluster."""

@@ -1,0 +1,105 @@
+"""A lease is an open TCP connection to the controller: end-of-file or silence ends the membership.
+
+Ray says nothing to an actor when another one dies; a closed socket does, within milliseconds, for every way a process
+can end. The wire is one line with the member's id, then one newline per beat.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import threading
+from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+MAX_ID_BYTES = 256
+CONNECT_S = 10.0
+
+
+class LeaseServer:
+    """The controller's end. `on_lost(id, reason)` is called once per lease, on the event loop."""
+
+    def __init__(self, on_lost: Callable[[str, str], None], *, silence_s: float) -> None:
+        self._on_lost = on_lost
+        self._silence_s = silence_s
+        self._server: asyncio.Server | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    async def start(self, host: str) -> str:
+        """Listen on an ephemeral port of `host`; returns host:port."""
+        self._server = await asyncio.start_server(self._hold, host, 0, limit=MAX_ID_BYTES)
+        port = self._server.sockets[0].getsockname()[1]
+        return f"{host}:{port}"
+
+    async def close(self) -> None:
+        """Stop listening and end every lease; their holders notice."""
+        if self._server is not None:
+            self._server.close()
+        for writer in self._writers:
+            writer.close()
+
+    async def _hold(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        id, reason = "", "connection closed"
+        self._writers.add(writer)
+        try:
+            id = (await asyncio.wait_for(reader.readline(), self._silence_s)).decode(errors="replace").strip()
+            while await asyncio.wait_for(reader.read(MAX_ID_BYTES), self._silence_s):
+                pass
+        except TimeoutError:
+            reason = f"silent for {self._silence_s:g} s"
+        except (OSError, ValueError) as error:
+            reason = str(error) or type(error).__name__
+        finally:
+            self._writers.discard(writer)
+            writer.close()
+        if id:
+            self._on_lost(id, reason)
+
+
+class Lease:
+    """A member's end. Beats from a thread of its own: imports and model loading block the event loop for many seconds."""
+
+    def __init__(self, address: str, id: str, *, beat_s: float) -> None:
+        self._address = address
+        self._id = id
+        self._beat_s = beat_s
+        self._connection: socket.socket | None = None
+        self._loop = asyncio.get_running_loop()
+        self.lost = asyncio.Event()
+
+    async def start(self) -> None:
+        """Connect, then beat in the background until `close`; `lost` is set if the controller goes away.
+
+        Raises:
+            OSError: the controller's port does not answer.
+        """
+        host, port = self._address.rsplit(":", 1)
+        self._connection = await asyncio.to_thread(socket.create_connection, (host, int(port)), CONNECT_S)
+        self._connection.sendall(f"{self._id}\n".encode())
+        threading.Thread(target=self._beat, args=(self._connection,), name="lease", daemon=True).start()
+
+    def close(self) -> None:
+        """End the membership; idempotent."""
+        if self._connection is not None:
+            with contextlib.suppress(OSError):
+                self._connection.shutdown(socket.SHUT_RDWR)
+
+    def _beat(self, connection: socket.socket) -> None:
+        connection.settimeout(self._beat_s)
+        try:
+            while True:
+                connection.sendall(b"\n")
+                try:
+                    if not connection.recv(1):  # the controller never writes: this is the end of the connection
+                        break
+                except TimeoutError:
+                    continue
+        except OSError as error:
+            logger.warning("lease of %s: %s", self._id, error)
+        finally:
+            connection.close()
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to be told
+                self._loop.call_soon_threadsafe(self.lost.set)

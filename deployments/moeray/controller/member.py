@@ -1,0 +1,148 @@
+"""What every Serve replica does to be part of the cluster: join, hold a lease, watch, report."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import ray
+from ray import serve
+
+from moeray.controller.actor import controller
+from moeray.controller.lease import Lease
+from moeray.controller.settings import ControllerSettings
+from moeray.membership import MembershipError, Role, View
+
+logger = logging.getLogger(__name__)
+
+WATCH_S = 30.0
+RETRY_S = 0.5
+JOIN_ATTEMPTS = 30
+LEAVE_S = 2.0
+
+
+class ClusterMember:
+    """One replica's membership. Survives a restart of the controller by joining again under its old number."""
+
+    def __init__(self, role: Role, settings: ControllerSettings) -> None:
+        self._role = role
+        self._controller = controller(settings)
+        self._lease: Lease | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._address = ""
+        self._report: dict[str, Any] = {}
+        self.generation = 0  # of an expert group: the newest one it is part of
+        self.id = serve.get_replica_context().replica_id.unique_id
+        self.index: int | None = None
+
+    async def join(self) -> int:
+        """Become a member; returns the index within the role.
+
+        Raises:
+            MembershipError: refused after some seconds of trying (a replica can be back before its predecessor's
+                death was noticed, so one refusal means nothing).
+        """
+        index = await self._join()
+        self._tasks.append(asyncio.create_task(self._keep_joined()))
+        return index
+
+    async def ready(self, address: str) -> None:
+        self._address = address
+        await self._controller.ready.remote(self.id, address)
+
+    async def unready(self) -> None:
+        self._address = ""
+        await self._controller.unready.remote(self.id)
+
+    async def lost(self, reason: str) -> None:
+        """Tell why this process is of no more use, before Serve replaces it."""
+        self._address = ""
+        await self._controller.lose.remote(self.id, reason)
+
+    async def report(self, report: dict[str, Any]) -> None:
+        """Publish facts about this process; shown by `moeray status` as they are."""
+        self._report = report
+        await self._controller.report.remote(self.id, report)
+
+    async def placement(self) -> dict[str, Any]:
+        result: dict[str, Any] = await self._controller.placement.remote()
+        return result
+
+    def follow(self, on_view: Callable[[View], Awaitable[None]]) -> None:
+        """Call `on_view` with every new view until `leave`; an error in it is logged and a newer view awaited."""
+        self._tasks.append(asyncio.create_task(self._follow(on_view)))
+
+    def every(self, period_s: float, publish: Callable[[], Awaitable[dict[str, Any]]]) -> None:
+        """Report what `publish` gives every `period_s`, if it changed."""
+        self._tasks.append(asyncio.create_task(self._report_changes(period_s, publish)))
+
+    async def leave(self) -> None:
+        """Go in an orderly way: nobody is told that a process was lost."""
+        for task in self._tasks:
+            task.cancel()
+        with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
+            await asyncio.wait_for(_awaited(self._controller.leave.remote(self.id)), LEAVE_S)
+        if self._lease is not None:
+            self._lease.close()
+
+    async def _join(self) -> int:
+        node = ray.get_runtime_context().get_node_id()
+        for attempt in range(JOIN_ATTEMPTS):
+            try:
+                given = await self._controller.join.remote(
+                    self._role, self.id, os.getpid(), node, self.index, self.generation
+                )
+                break
+            except MembershipError as error:
+                if attempt == JOIN_ATTEMPTS - 1:
+                    raise
+                logger.warning("%s %s: %s; trying again", self._role, self.id, error)
+                await asyncio.sleep(RETRY_S)
+        self._lease = Lease(given["lease_address"], self.id, beat_s=given["beat_s"])
+        await self._lease.start()
+        self.index = int(given["index"])
+        return self.index
+
+    async def _keep_joined(self) -> None:
+        while self._lease is not None:
+            await self._lease.lost.wait()
+            logger.warning("%s %s: the controller is gone, joining again", self._role, self.id)
+            try:
+                await self._join()
+                if self._report:
+                    await self.report(self._report)
+                if self._address:
+                    await self.ready(self._address)
+            except (ray.exceptions.RayError, OSError, MembershipError) as error:
+                logger.warning("%s %s: joining again failed: %s", self._role, self.id, error)
+                await asyncio.sleep(RETRY_S)
+
+    async def _follow(self, on_view: Callable[[View], Awaitable[None]]) -> None:
+        version = -1
+        while True:
+            try:
+                view: View = await self._controller.watch.remote(version, WATCH_S)
+                if view.version != version:
+                    await on_view(view)
+                    version = view.version
+            except Exception:  # whatever it was (the controller restarts, a peer is away), a later view may be better
+                logger.exception("%s %s: could not act on the cluster's new state", self._role, self.id)
+                await asyncio.sleep(RETRY_S)
+
+    async def _report_changes(self, period_s: float, publish: Callable[[], Awaitable[dict[str, Any]]]) -> None:
+        while True:
+            try:
+                current = await publish()
+                if current != self._report:
+                    await self.report(current)
+            except Exception as error:  # a report is for people; the next one may get through
+                logger.warning("%s %s: report: %s", self._role, self.id, error)
+            await asyncio.sleep(period_s)
+
+
+async def _awaited(ref: Any) -> Any:
+    return await ref

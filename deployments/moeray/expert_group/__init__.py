@@ -1,0 +1,1 @@
+"""Expert group: a Serve replica that owns a slice of every layer's routed experts."""

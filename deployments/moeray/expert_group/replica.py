@@ -1,0 +1,113 @@
+"""The Serve replica of an expert group: loads its slice, serves every shard that dials in, holds no request state."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from moeray.config import ClusterConfig
+from moeray.controller.member import ClusterMember
+from moeray.controller.settings import ControllerSettings
+from moeray.membership import Role, View
+from moeray.placement import contiguous
+from moeray.placement.cores import cores_of
+
+if TYPE_CHECKING:
+    from moeray.deepseek_v4 import RoutedExperts
+    from moeray.transport import GroupServer
+
+REPORT_S = 0.5
+
+
+class ExpertGroup:
+    """Serve deployment. Its constructor returns when the weights are loaded and the port listens.
+
+    Shards dial the port; nothing on the token's way goes through this class. It may be killed at any instant: whoever
+    takes its number next loads the same slice.
+    """
+
+    async def __init__(self, config: ClusterConfig, directory: str, settings: ControllerSettings) -> None:
+        self._stage = "starting"
+        self._experts: RoutedExperts | None = None
+        self._server: GroupServer | None = None
+        self._address = ""
+        self._member = ClusterMember(Role.EXPERT_GROUP, settings)
+        self._group = await self._member.join()
+        self._member.every(REPORT_S, self._report)
+        await asyncio.to_thread(self._load, config, directory, settings)
+        await self._member.ready(self._address)
+        self._member.follow(self._on_view)
+
+    async def check_health(self) -> None:
+        """Serve asks this; a group that answers can serve (a shard finds a hung one by its timeout)."""
+
+    async def __del__(self) -> None:
+        await self._member.leave()
+        if self._server is not None:
+            await asyncio.to_thread(self._server.stop)
+
+    def _load(self, config: ClusterConfig, directory: str, settings: ControllerSettings) -> None:
+        """Read this group's experts and listen. Blocks; the imports alone take seconds."""
+        on_gpu = config.experts.num_gpus > 0
+        if not on_gpu:
+            _take_cores(config, self._group)
+        import torch
+
+        from moeray.deepseek_v4 import Checkpoint, RoutedExperts
+        from moeray.transport import GroupServer, ModelIdentity
+
+        torch.set_grad_enabled(False)
+        checkpoint = Checkpoint.open(Path(directory))
+        shape = checkpoint.shape
+        placement = contiguous(
+            generation=0, num_layers=shape.num_layers, num_experts=shape.num_experts, num_groups=settings.num_groups
+        )
+        held = {layer: placement.experts_of_group(self._group, layer) for layer in shape.moe_layers}
+        device = torch.device("cuda" if on_gpu else "cpu")
+        self._experts = RoutedExperts.load(checkpoint, held, self._on_progress, device=device)
+        self._server = GroupServer(
+            self._experts,
+            ModelIdentity(
+                fingerprint=checkpoint.fingerprint(), hidden_size=shape.hidden_size, top_k=shape.top_k,
+                num_experts=shape.num_experts, num_layers=shape.num_layers, dtype=shape.dtype,
+            ),
+            group=self._group, generation=0, host=ray.util.get_node_ip_address(),
+            backend=config.transport.backend, device=str(device),
+        )  # fmt: skip
+        self._address = self._server.start()
+
+    def _on_progress(self, bytes_read: int, bytes_total: int) -> None:
+        self._stage = f"loading experts: {bytes_read / 2**20:.0f} of {bytes_total / 2**20:.0f} MiB"
+
+    async def _on_view(self, view: View) -> None:
+        if self._server is not None and self._address in view.group_addresses:
+            self._member.generation = view.generation
+            self._server.set_generation(view.generation)
+
+    async def _report(self) -> dict[str, Any]:
+        if self._experts is None or not self._address:
+            return {"stage": self._stage}
+        tokens = self._experts.tokens()
+        held = self._experts.held
+        return {
+            "experts": {
+                "num_layers": len(held),
+                "num_experts": len(next(iter(held.values()))),
+                "held": held,
+                "bytes": self._experts.bytes_read,
+                "routed_tokens": int(tokens.sum()),
+                "tokens_per_layer": {layer: tokens[layer].tolist() for layer in held},
+            }
+        }
+
+
+def _take_cores(config: ClusterConfig, group: int) -> None:
+    """One thread per core of this group's share; must run before torch is imported."""
+    num_shards = config.attention.num_shards
+    cores = cores_of(num_shards + group, num_shards + config.experts.num_groups, sorted(os.sched_getaffinity(0)))
+    os.environ["OMP_NUM_THREADS"] = str(len(cores))
+    os.sched_setaffinity(0, cores)

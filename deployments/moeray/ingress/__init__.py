@@ -1,0 +1,1 @@
+"""The front door: OpenAI HTTP and gRPC over a pool of attention shards."""

@@ -1,0 +1,63 @@
+"""Typed errors of the ingress, and OpenAI errors as gRPC statuses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
+_DETAILS = "grpc-status-details-bin"
+_BY_HTTP = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    403: grpc.StatusCode.PERMISSION_DENIED,
+    404: grpc.StatusCode.NOT_FOUND,
+    409: grpc.StatusCode.ABORTED,
+    413: grpc.StatusCode.INVALID_ARGUMENT,
+    422: grpc.StatusCode.INVALID_ARGUMENT,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    499: grpc.StatusCode.CANCELLED,
+    501: grpc.StatusCode.UNIMPLEMENTED,
+    503: grpc.StatusCode.UNAVAILABLE,
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+MAX_MESSAGE_CHARS = 2000
+"""gRPC carries the text in a header, which proxies limit."""
+
+
+class IngressError(RuntimeError):
+    """Base of what keeps an ingress from starting."""
+
+
+class PortInUse(IngressError):
+    """Names the port and the configuration key that sets it."""
+
+    def __init__(self, key: str, host: str, port: int, reason: str) -> None:
+        super().__init__(f"{key}: cannot listen on {host}:{port}: {reason}; choose another port or stop what uses it")
+        self.key, self.host, self.port = key, host, port
+
+
+async def abort(
+    context: grpc.aio.ServicerContext[Any, Any], error: Mapping[str, Any], retry_after_s: int = 1
+) -> NoReturn:
+    """End a call with an OpenAI error object: `{"message", "type", "param", "code"}`, code being the HTTP status."""
+    code = _BY_HTTP.get(int(error.get("code") or 500), grpc.StatusCode.INTERNAL)
+    message = str(error.get("message", ""))[:MAX_MESSAGE_CHARS]
+    details: list[Message] = []
+    if code is grpc.StatusCode.INVALID_ARGUMENT or (error.get("param") and code is grpc.StatusCode.NOT_FOUND):
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.get("param") or "", description=message)
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if code is grpc.StatusCode.UNAVAILABLE:
+        details.append(error_details_pb2.RetryInfo(retry_delay=Duration(seconds=retry_after_s)))
+    status = status_pb2.Status(code=code_pb2.Code.Value(code.name), message=message)
+    for detail in details:
+        status.details.add().Pack(detail)
+    context.set_trailing_metadata(((_DETAILS, status.SerializeToString()),))
+    await context.abort(code, message)
+    raise AssertionError("abort returned")

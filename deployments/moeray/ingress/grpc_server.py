@@ -1,0 +1,68 @@
+"""The gRPC side: the service, standard health and reflection on grpc.aio."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from moeray.ingress.errors import PortInUse
+from moeray.ingress.grpc_service import InferenceService
+from moeray.v1 import inference_pb2 as pb
+from moeray.v1.inference_pb2_grpc import add_InferenceServicer_to_server
+
+if TYPE_CHECKING:
+    from moeray.ingress.shard_pool import ShardPool
+    from moeray.vllm_hooks.openai_app import OpenAIApp
+
+SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+MAX_REQUEST_BYTES = 32 << 20
+HEALTH_POLL_S = 0.2
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.so_reuseport", 0),  # a second ingress on the same port is an error, not a coin toss
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+)
+
+
+async def start_grpc(openai: OpenAIApp, host: str, port: int) -> tuple[grpc.aio.Server, int, health.aio.HealthServicer]:
+    """Serve; NOT_SERVING until `keep_health` says otherwise.
+
+    Raises:
+        PortInUse: ingress.grpc_port.
+    """
+    server = grpc.aio.server(options=_OPTIONS)
+    add_InferenceServicer_to_server(InferenceService(openai), server)
+    servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    await _set(servicer, ready=False)
+    try:
+        bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    except RuntimeError as error:
+        raise PortInUse("ingress.grpc_port", host, port, str(error)) from error
+    await server.start()
+    return server, bound, servicer
+
+
+async def keep_health(servicer: health.aio.HealthServicer, pool: ShardPool) -> None:
+    """Follow the pool until cancelled."""
+    was = False
+    while True:
+        if (ready := pool.is_serving) is not was:
+            await _set(servicer, ready)
+            was = ready
+        await asyncio.sleep(HEALTH_POLL_S)
+
+
+async def _set(servicer: health.aio.HealthServicer, ready: bool) -> None:
+    status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+    for name in ("", SERVICE):
+        await servicer.set(name, status)

@@ -1,0 +1,69 @@
+"""The HTTP side: sockets bound early, uvicorn without its signal handlers, `/health` that tells the truth."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+
+from moeray.ingress.errors import PortInUse
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from moeray.ingress.shard_pool import ShardPool
+
+
+def bind(host: str, port: int, key: str) -> socket.socket:
+    """A listening address, taken now.
+
+    Raises:
+        PortInUse: with the configuration key that sets the port.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise PortInUse(key, host, port, error.strerror or str(error)) from error
+    return listener
+
+
+def add_health(app: FastAPI, pool: ShardPool) -> None:
+    """`/health`: 200 while at least one shard takes requests, else 503 with the reason."""
+    from fastapi.responses import JSONResponse
+
+    async def health() -> JSONResponse:
+        ready = pool.is_serving
+        body: dict[str, Any] = {"status": "ok" if ready else "unavailable", "shards": pool.describe()}
+        return JSONResponse(body, status_code=200 if ready else 503, headers={} if ready else {"Retry-After": "1"})
+
+    app.add_api_route("/health", health, methods=["GET"])
+
+
+class _Server(uvicorn.Server):
+    """Signals belong to the process that hosts the ingress."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def start_http(app: FastAPI, listener: socket.socket) -> tuple[uvicorn.Server, asyncio.Task[None]]:
+    """Serve until `should_exit` is set; returns once connections are accepted."""
+    server = _Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=5, lifespan="on"))
+    app.state.server = server  # vLLM's error handlers look for it
+    task = asyncio.create_task(server.serve(sockets=[listener]), name="http")
+    while not server.started:
+        if task.done():
+            task.result()
+            raise RuntimeError("the HTTP server ended while it started")
+        await asyncio.sleep(0.01)
+    return server, task

@@ -1,0 +1,54 @@
+"""The Serve replica of an ingress: the server on this node's ports, kept up to date with the shards that exist."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from moeray.config import ClusterConfig
+from moeray.controller.member import ClusterMember
+from moeray.controller.settings import ControllerSettings
+from moeray.ingress.server import IngressServer, IngressSettings
+from moeray.membership import Role, View
+
+STOP_GRACE_S = 5.0
+
+
+class Ingress:
+    """Serve deployment; bound last, so that Serve deploys the pools it is given too."""
+
+    async def __init__(self, config: ClusterConfig, directory: str, settings: ControllerSettings, *pools: Any) -> None:
+        self._pools = pools  # handles of the other deployments: Serve keeps them in this application, we never call them
+        self._member = ClusterMember(Role.INGRESS, settings)
+        index = await self._member.join()
+        await self._member.report({"stage": "importing vLLM"})
+        ingress = config.ingress
+        self._server = IngressServer(
+            IngressSettings(
+                name=f"ingress-{index}",
+                host=ingress.host,
+                http_port=ingress.http_port,
+                grpc_port=ingress.grpc_port,
+                front={"model": directory, "model_name": settings.model, "engine_args": config.attention.engine_args},
+            )
+        )
+        await self._server.start()
+        http, grpc = (f"{ingress.host}:{port}" for port in (self._server.http_port, self._server.grpc_port))
+        await self._member.report({"endpoints": {"http": f"http://{http}", "grpc": grpc}})
+        await self._member.ready(http)
+        self._member.follow(self._on_view)
+
+    async def __call__(self) -> dict[str, Any]:
+        """What this ingress knows of its shards (Serve wants an ingress deployment to be callable)."""
+        return self._server.describe()
+
+    async def check_health(self) -> None:
+        """Serve asks this; the server ends only with the replica, so answering is enough."""
+
+    async def __del__(self) -> None:
+        await asyncio.gather(self._member.leave(), self._server.stop(STOP_GRACE_S))
+
+    async def _on_view(self, view: View) -> None:
+        missing = "" if view.is_complete else f"generation {view.generation} misses an expert group, its restart is awaited"
+        self._server.hold(missing)
+        await self._server.set_shards(view.shards)

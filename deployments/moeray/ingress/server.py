@@ -1,0 +1,145 @@
+"""One ingress: HTTP and gRPC servers over vLLM's front over the shard pool, on one event loop. Knows nothing of Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import grpc
+    import uvicorn
+
+    from moeray.ingress.shard_pool import ShardPool
+    from moeray.vllm_hooks.front import Front
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class IngressSettings:
+    """What one ingress needs.
+
+    Attributes:
+        name: id of this ingress, in log lines of shards.
+        front: keyword arguments of `moeray.vllm_hooks.engine_args.front_engine_args`.
+        parser: vLLM's tool-call and reasoning parser; None for models without one.
+        http_port, grpc_port: 0 takes a free port.
+    """
+
+    name: str
+    front: dict[str, Any]
+    parser: str | None = "deepseek_v4"
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int = 50051
+
+
+class IngressServer:
+    """`start`, then `set_shards` as often as membership changes, then `stop`."""
+
+    def __init__(self, settings: IngressSettings) -> None:
+        self.settings = settings
+        self.http_port = self.grpc_port = 0
+        self._front: Front | None = None
+        self._pool: ShardPool | None = None
+        self._http: uvicorn.Server | None = None
+        self._http_task: asyncio.Task[None] | None = None
+        self._grpc: grpc.aio.Server | None = None
+        self._health_task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Bind both ports, build the front, serve. Ready when it returns; without a shard, requests get 503.
+
+        Raises:
+            PortInUse: names the port and its configuration key.
+        """
+        from moeray.ingress.http_server import bind
+
+        settings = self.settings
+        # First of all: a taken port must not cost the seconds that the front takes.
+        http_socket = bind(settings.host, settings.http_port, "ingress.http_port")
+        grpc_socket = bind(settings.host, settings.grpc_port, "ingress.grpc_port")
+        try:
+            await self._start_front()
+            await self._start_http(http_socket)
+            await self._start_grpc(grpc_socket)
+        except BaseException:
+            http_socket.close()
+            raise
+        finally:
+            grpc_socket.close()
+        logger.info("ingress %s serves HTTP on %d and gRPC on %d", settings.name, self.http_port, self.grpc_port)
+
+    async def set_shards(self, shards: Mapping[str, str]) -> None:
+        """The attention shards that exist now: name -> host:port of the relay."""
+        assert self._pool is not None, "start() first"
+        await self._pool.set_shards(shards)
+
+    def hold(self, reason: str) -> None:
+        """Refuse new requests (503) with this reason, whatever the shards say; an empty one ends it."""
+        assert self._pool is not None, "start() first"
+        self._pool.hold(reason)
+
+    def describe(self) -> dict[str, Any]:
+        """Ports and the pool's view of each shard."""
+        shards = self._pool.describe() if self._pool is not None else {}
+        return {"name": self.settings.name, "http_port": self.http_port, "grpc_port": self.grpc_port, "shards": shards}
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._pool.in_flight) if self._pool is not None else 0
+
+    async def stop(self, grace_s: float = 5.0) -> None:
+        """Refuse new connections, let streams end for `grace_s`, then cut them; idempotent."""
+        if self._health_task is not None:
+            self._health_task.cancel()
+        ends = []
+        if self._grpc is not None:
+            ends.append(asyncio.create_task(self._grpc.stop(grace_s)))
+        if self._http is not None and self._http_task is not None:
+            self._http.should_exit = True
+            ends.append(self._http_task)
+        if ends:
+            await asyncio.wait(ends, timeout=grace_s)
+        if self._pool is not None:
+            await self._pool.close()  # what still streams ends with an error that says so
+        if self._http is not None:
+            self._http.force_exit = True
+        await asyncio.gather(*ends)
+        if self._front is not None:
+            self._front.llm.shutdown()
+        self._http = self._http_task = self._grpc = self._pool = self._front = self._health_task = None
+
+    async def _start_front(self) -> None:
+        from moeray.vllm_hooks.front import build_front, front_config
+
+        engine_args, vllm_config = await asyncio.to_thread(front_config, self.settings.front)
+        from moeray.attention_shard import link as wire
+        from moeray.ingress.shard_pool import ShardPool
+        from moeray.vllm_hooks.front import handshake
+
+        vllm, model = handshake(vllm_config)
+        hello = wire.Hello(wire.PROTOCOL_VERSION, vllm, model, f"ingress {self.settings.name}")
+        self._pool = ShardPool(hello)
+        self._front = await build_front(self._pool, engine_args, vllm_config, parser=self.settings.parser)
+
+    async def _start_http(self, listener: socket.socket) -> None:
+        from moeray.ingress.http_server import add_health, start_http
+
+        assert self._front is not None and self._pool is not None
+        add_health(self._front.openai.app, self._pool)
+        self.http_port = listener.getsockname()[1]
+        self._http, self._http_task = await start_http(self._front.openai.app, listener)
+
+    async def _start_grpc(self, reserved: socket.socket) -> None:
+        from moeray.ingress.grpc_server import keep_health, start_grpc
+
+        assert self._front is not None and self._pool is not None
+        host, port = reserved.getsockname()[:2]
+        reserved.close()
+        self._grpc, self.grpc_port, health = await start_grpc(self._front.openai, host, port)
+        self._health_task = asyncio.create_task(keep_health(health, self._pool))

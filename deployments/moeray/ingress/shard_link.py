@@ -1,0 +1,149 @@
+"""One shard as the ingress sees it: a stream that is kept open, with its state and its load."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+from enum import Enum
+
+import grpc
+import msgspec
+
+from moeray.attention_shard import link as wire
+
+logger = logging.getLogger(__name__)
+
+FIRST_RETRY_S, LAST_RETRY_S = 0.1, 2.0
+MAX_UNSENT_FRAMES = 10_000
+"""Requests and aborts that may wait for a shard that does not read; then its link is cut."""
+
+
+class LinkState(Enum):
+    CONNECTING = "connecting"
+    READY = "ready"
+    DRAINING = "draining"
+    REFUSED = "refused"
+    CLOSED = "closed"
+
+
+class ShardLink:
+    """Keeps one stream to one shard open, with backoff, until `close`.
+
+    `on_frame(link, frame)` gets every frame after the handshake; while it waits, nothing more is read and the shard
+    feels it. `on_lost(link, reason)` is called once for each time a ready link ends.
+
+    Attributes:
+        state, why: where the link stands, and why it is not ready.
+    """
+
+    def __init__(
+        self,
+        shard: str,
+        address: str,
+        hello: wire.Hello,
+        on_frame: Callable[[ShardLink, wire.FromShard], Awaitable[None]],
+        on_lost: Callable[[ShardLink, str], None],
+    ) -> None:
+        self.shard, self.address = shard, address
+        self.state = LinkState.CONNECTING
+        self.why = "not connected yet"
+        self._hello, self._on_frame, self._on_lost = hello, on_frame, on_lost
+        self._unsent: asyncio.Queue[wire.ToShard] = asyncio.Queue(MAX_UNSENT_FRAMES)
+        self._call: grpc.aio.StreamStreamCall[bytes, bytes] | None = None
+        self._cut = ""
+        self._task = asyncio.create_task(self._keep(), name=f"link-{shard}")
+
+    def send(self, frame: wire.ToShard) -> None:
+        """Queue a frame. A shard that has stopped reading is cut off: its requests end as lost."""
+        try:
+            self._unsent.put_nowait(frame)
+        except asyncio.QueueFull:
+            self._cut = f"it has not read {MAX_UNSENT_FRAMES} frames"
+            if self._call is not None:
+                self._call.cancel()
+
+    async def close(self) -> None:
+        """End the stream; idempotent. Requests on it are the caller's business."""
+        self.state, self.why = LinkState.CLOSED, "removed from the pool"
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+    async def _keep(self) -> None:
+        async with grpc.aio.insecure_channel(self.address, options=wire.CHANNEL_OPTIONS) as channel:
+            wait_s = FIRST_RETRY_S
+            while True:
+                was_ready = await self._once(channel)
+                wait_s = FIRST_RETRY_S if was_ready else min(2 * wait_s, LAST_RETRY_S)
+                await asyncio.sleep(wait_s)
+
+    async def _once(self, channel: grpc.aio.Channel) -> bool:
+        """One stream from hello to its end; True if it was ready in between."""
+        self._unsent = asyncio.Queue(MAX_UNSENT_FRAMES)
+        call = self._call = channel.stream_stream(wire.LINK)()
+        writer: asyncio.Task[None] | None = None
+        self._cut = ""
+        try:
+            await call.write(wire.encode(self._hello))
+            await self._expect_hello(call)
+            self.state, self.why = LinkState.READY, ""
+            logger.info("linked to attention shard %s at %s", self.shard, self.address)
+            writer = asyncio.create_task(self._write(call))
+            while (data := await call.read()) is not grpc.aio.EOF:
+                await self._take(wire.decode_from_shard(data))
+            ended = f"its stream ended: {await call.details() or (await call.code()).name}"
+        except grpc.aio.AioRpcError as error:
+            ended = error.details() or error.code().name
+            if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+                self._refused(ended)
+        except msgspec.MsgspecError as error:
+            ended = f"a frame could not be read: {error}"
+        except asyncio.CancelledError:
+            if not self._cut:  # cancelled by `close`, not by `send`
+                raise
+            ended = self._cut
+        finally:
+            call.cancel()
+            if writer is not None:
+                writer.cancel()
+        return self._ended(ended)
+
+    async def _expect_hello(self, call: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
+        data = await call.read()
+        if data is grpc.aio.EOF:
+            raise grpc.aio.AioRpcError(
+                await call.code(), await call.initial_metadata(), await call.trailing_metadata(), await call.details()
+            )
+        theirs = wire.decode_from_shard(data)
+        if not isinstance(theirs, wire.Hello):
+            raise msgspec.ValidationError("the first frame is not a hello")
+        if (why := wire.mismatch(self._hello, theirs)) is not None:
+            raise msgspec.ValidationError(why)
+
+    async def _write(self, call: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
+        with contextlib.suppress(
+            grpc.aio.AioRpcError, asyncio.InvalidStateError
+        ):  # the reader hears why the stream ended
+            while True:
+                await call.write(wire.encode(await self._unsent.get()))
+
+    async def _take(self, frame: wire.FromShard) -> None:
+        if isinstance(frame, wire.Draining):
+            self.state, self.why = LinkState.DRAINING, frame.reason
+        await self._on_frame(self, frame)
+
+    def _refused(self, why: str) -> None:
+        if self.state is not LinkState.REFUSED:
+            logger.error("attention shard %s at %s refused the link: %s", self.shard, self.address, why)
+        self.state, self.why = LinkState.REFUSED, why
+
+    def _ended(self, why: str) -> bool:
+        was_ready = self.state in (LinkState.READY, LinkState.DRAINING)
+        if self.state is not LinkState.REFUSED:
+            self.state, self.why = LinkState.CONNECTING, why
+        if was_ready:
+            logger.warning("attention shard %s at %s lost: %s", self.shard, self.address, why)
+            self._on_lost(self, why)
+        return was_ready

@@ -1,0 +1,61 @@
+"""The shard process before it has an engine: real processes, no model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from moeray.attention_shard.process import EXIT_FAILED, EXIT_ORPHANED
+from moeray.attention_shard.spec import Event, ShardSpec, decode_event, decode_spec, encode_event, encode_spec
+
+SPEC = ShardSpec(
+    "s0", {"model": "/nowhere", "model_name": "m", "engine_args": {}, "moeray": {"backend": "local", "checkpoint": "/"}}
+)
+
+
+def start() -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "moeray.attention_shard.process"]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+
+def test_spec_and_events_survive_the_pipe() -> None:
+    spec = ShardSpec("s1", {"model": "m"}, cpus=[1], num_threads=2, wait_for_connect=False)
+    event = Event("ready", "s1", host="127.0.0.1", port=5, pid=6, engine_pid=7)
+    assert decode_spec(encode_spec(spec)) == spec
+    assert decode_event(encode_event(event)) == event
+
+
+def test_a_process_whose_parent_is_gone_ends_at_once() -> None:
+    process = start()
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(encode_spec(SPEC))
+    process.stdin.flush()
+    assert decode_event(process.stdout.readline()).event == "progress"
+
+    process.stdin.close()
+
+    assert process.wait(10) == EXIT_ORPHANED
+
+
+def test_a_spec_that_is_not_one_fails_with_the_field_named() -> None:
+    process = start()
+    out, _ = process.communicate(b'{"shard": "s0"}\n', timeout=20)
+
+    event = decode_event(out)
+    assert (process.returncode, event.event) == (EXIT_FAILED, "failed")
+    assert "engine" in event.text
+
+
+def test_what_libraries_print_does_not_reach_the_events() -> None:
+    program = (
+        "import moeray.attention_shard.process as p, sys\n"
+        "async def serve(spec, events):\n"
+        "    print('noise from a library', flush=True); events.send('progress', 'x'); return 0\n"
+        "p._serve = serve; p.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], input=encode_spec(SPEC), capture_output=True, timeout=30, check=False
+    )
+
+    assert [decode_event(line).event for line in done.stdout.splitlines()] == ["progress"]
+    assert b"noise" in done.stderr

@@ -1,0 +1,89 @@
+"""A lease ends when its holder does, however it does, and only then."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+
+from moeray.controller.lease import Lease, LeaseServer
+
+HOLDER = """
+import asyncio, sys, time
+from moeray.controller.lease import Lease
+async def main():
+    lease = Lease(sys.argv[1], "holder", beat_s=0.05)
+    await lease.start()
+    print("held", flush=True)
+    time.sleep(60)  # a blocked event loop, as while a model loads
+asyncio.run(main())
+"""
+
+
+class Losses:
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, str]] = []
+        self.event = asyncio.Event()
+
+    def __call__(self, id: str, reason: str) -> None:
+        self.seen.append((id, reason))
+        self.event.set()
+
+
+async def held_by_process(address: str) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, address], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert await asyncio.to_thread(process.stdout.readline) == b"held\n"
+    return process
+
+
+async def test_a_killed_process_loses_its_lease_at_once() -> None:
+    losses = Losses()
+    server = LeaseServer(losses, silence_s=30)
+    process = await held_by_process(await server.start("127.0.0.1"))
+    assert not losses.seen
+    os.kill(process.pid, signal.SIGKILL)
+    await asyncio.wait_for(losses.event.wait(), 5)
+    assert losses.seen == [("holder", "connection closed")]
+    process.wait()
+    await server.close()
+
+
+async def test_a_stopped_process_loses_its_lease_after_the_silence_and_no_sooner() -> None:
+    losses = Losses()
+    server = LeaseServer(losses, silence_s=0.6)
+    process = await held_by_process(await server.start("127.0.0.1"))
+    await asyncio.sleep(0.9)
+    assert not losses.seen, "beats keep it"
+    os.kill(process.pid, signal.SIGSTOP)
+    await asyncio.wait_for(losses.event.wait(), 5)
+    assert losses.seen == [("holder", "silent for 0.6 s")]
+    process.kill()
+    process.wait()
+    await server.close()
+
+
+async def test_the_holder_learns_that_the_controller_is_gone() -> None:
+    server = LeaseServer(Losses(), silence_s=0.3)
+    lease = Lease(await server.start("127.0.0.1"), "m", beat_s=0.05)
+    await lease.start()
+    await server.close()
+    await asyncio.wait_for(lease.lost.wait(), 5)
+    lease.close()
+
+
+async def test_garbage_on_the_port_is_dropped_and_costs_no_member_anything() -> None:
+    losses = Losses()
+    server = LeaseServer(losses, silence_s=5)
+    address = await server.start("127.0.0.1")
+    lease = Lease(address, "m", beat_s=0.05)
+    await lease.start()
+    _, writer = await asyncio.open_connection(*address.split(":"))
+    writer.write(b"x" * 100_000)
+    await asyncio.sleep(0.3)
+    assert not [id for id, _ in losses.seen if id == "m"]
+    assert not lease.lost.is_set()
+    lease.close()
+    await server.close()
