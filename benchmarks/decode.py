@@ -1,0 +1,119 @@
+"""What does the split cost? Decode throughput of split topologies against the same engine with its experts inside.
+
+    python benchmarks/decode.py [--quick] [--json FILE]
+
+Two clusters run at the same time on the same cores and are asked in turn, A B A B ..., so that both see the same noise.
+The ratio is taken pair by pair; above 1 the split is faster. Greedy, end-of-sequence ignored, OpenAI HTTP.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import json
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+BASELINE = {"attention": {"num_shards": 1}, "transport": {"backend": "local"}}
+TOPOLOGIES = {
+    "1x1": {"attention": {"num_shards": 1}, "experts": {"num_groups": 1}},
+    "1x2": {"attention": {"num_shards": 1}, "experts": {"num_groups": 2}},
+    "2x2": {"attention": {"num_shards": 2}, "experts": {"num_groups": 2}},
+}
+TOKENS = 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one topology, fewer pairs (under three minutes)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the records there")
+    options = parser.parse_args()
+    names, pairs = (["1x2"], 3) if options.quick else (list(TOPOLOGIES), 5)
+    records = []
+    with cluster(BASELINE) as baseline:
+        for name in names:
+            with cluster(TOPOLOGIES[name]) as split:
+                for concurrency in (1, 8):
+                    records.append(compare(name, split, baseline, concurrency, pairs))
+                    print(describe(records[-1]), flush=True)
+    if options.json:
+        facts = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "commit": commit(), "command": " ".join(sys.argv)}
+        options.json.write_text(json.dumps({**facts, "records": records}, indent=1) + "\n")
+
+
+def compare(name: str, split: str, baseline: str, concurrency: int, pairs: int) -> dict[str, Any]:
+    """Interleaved pairs after one warm-up of each."""
+    for url in (split, baseline):
+        tokens_per_s(url, concurrency)
+    measured = [(tokens_per_s(split, concurrency), tokens_per_s(baseline, concurrency)) for _ in range(pairs)]
+    ratios = sorted(ours / theirs for ours, theirs in measured)
+    return {
+        "topology": name,
+        "concurrency": concurrency,
+        "tokens_per_s": statistics.median(ours for ours, _ in measured),
+        "baseline_tokens_per_s": statistics.median(theirs for _, theirs in measured),
+        "ratio": statistics.median(ratios),
+        "ratio_min": ratios[0],
+        "ratio_max": ratios[-1],
+        "pairs": pairs,
+    }
+
+
+def describe(record: dict[str, Any]) -> str:
+    return (
+        f"{record['topology']} at concurrency {record['concurrency']}: {record['tokens_per_s']:6.1f} tokens/s, experts inside "
+        f"{record['baseline_tokens_per_s']:6.1f}; ratio {record['ratio']:.2f} ({record['ratio_min']:.2f}..{record['ratio_max']:.2f})"
+    )
+
+
+def tokens_per_s(url: str, concurrency: int) -> float:
+    started = time.perf_counter()
+    with concurrent.futures.ThreadPoolExecutor(concurrency) as pool:
+        tokens = sum(pool.map(lambda number: complete(url, number), range(concurrency)))
+    return tokens / (time.perf_counter() - started)
+
+
+def complete(url: str, number: int) -> int:
+    body = {"model": "moeray-tiny", "prompt": f"{number} expert groups", "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=300) as answer:
+        return int(json.loads(answer.read())["usage"]["completion_tokens"])
+
+
+@contextlib.contextmanager
+def cluster(config: dict[str, Any]) -> Iterator[str]:
+    """A running cluster's HTTP url."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
+        ports = [each.getsockname()[1] for each in sockets]
+    with tempfile.TemporaryDirectory(prefix="moeray-bench-") as folder:
+        file = Path(folder) / "cluster.yaml"
+        file.write_text(yaml.safe_dump(config | {"ingress": {"http_port": ports[0], "grpc_port": ports[1]}}))
+        env = {**os.environ, "MOERAY_STATE_DIR": folder}
+        command = [sys.executable, "-m", "moeray.cli"]
+        subprocess.run([*command, "up", "-f", str(file), "--detach"], env=env, check=True, stdout=subprocess.DEVNULL)
+        try:
+            yield f"http://127.0.0.1:{ports[0]}"
+        finally:
+            subprocess.run([*command, "down"], env=env, check=True, stdout=subprocess.DEVNULL)
+
+
+def commit() -> str:
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+
+
+if __name__ == "__main__":
+    main()

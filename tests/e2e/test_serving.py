@@ -1,0 +1,155 @@
+"""The default cluster serves the bundled model, over both protocols, to strangers."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+from typing import Any
+
+import pytest
+from clusters import Cluster, answer_text, golden_request
+
+PROTO_ROOT = Path(__file__).resolve().parents[2] / "deployments" / "moeray" / "ingress" / "proto"
+
+
+def test_status_names_every_process_of_the_default_topology(shared_cluster: Cluster) -> None:
+    state = shared_cluster.status()
+    roles = [process["role"] for process in state["processes"] if process["state"] == "ready"]
+    assert (state["generation"], state["model"]) == (1, "moeray-tiny")
+    assert {role: roles.count(role) for role in roles} == {
+        "controller": 1, "ingress": 1, "attention_shard": 2, "expert_group": 2,
+    }  # fmt: skip
+    assert all(process["pid"] > 0 and process["node"] and process["id"] for process in state["processes"])
+    assert set(state["endpoints"]) == {"http", "grpc"}
+
+
+def test_golden_prompts_are_answered_exactly(shared_cluster: Cluster, golden: list[dict[str, Any]]) -> None:
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda prompt: shared_cluster.post("/v1/chat/completions", golden_request(prompt)), golden))
+    wrong = []
+    for prompt, (status, answer) in zip(golden, answers, strict=True):
+        assert status == 200, answer
+        text, expected = answer_text(answer["choices"][0]["message"]), expected_text(prompt)
+        if text != expected:
+            wrong.append((expected, text))
+    assert not wrong, f"{len(wrong)} of {len(golden)} differ, first: {wrong[0]}"
+
+
+def test_both_shards_and_both_groups_did_the_work(shared_cluster: Cluster, golden: list[dict[str, Any]]) -> None:
+    before = [group["experts"]["routed_tokens"] for group in shared_cluster.processes("expert_group")]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(shared_cluster.chat, golden[:8]))
+    import time
+
+    time.sleep(1.5)  # counters are published twice a second
+    after = [group["experts"]["routed_tokens"] for group in shared_cluster.processes("expert_group")]
+    assert all(late > early for early, late in zip(before, after, strict=True))
+    assert all(shard["hop"]["calls"] > 0 for shard in shared_cluster.processes("attention_shard"))
+
+
+def test_chat_streams_the_same_answer_over_grpc_and_http(shared_cluster: Cluster, golden: list[dict[str, Any]]) -> None:
+    question, expected = single_question(golden)
+    over_grpc = shared_cluster.moeray("chat", question)
+    over_http = shared_cluster.moeray("chat", "--http", question)
+    assert over_grpc.returncode == 0, over_grpc.stderr
+    assert over_grpc.stdout.strip() == over_http.stdout.strip() == expected
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A Python that has the public packages and not ours."""
+    folder = tmp_path_factory.mktemp("stranger")
+    venv.create(folder, with_pip=False)
+    python = [str(folder / "bin" / "python")]
+    # The packages of this environment, without the .pth files that make ours importable.
+    (folder / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages" / "sitecustomize.py").write_text(
+        f"import sys\nsys.path.append({sysconfig.get_path('purelib')!r})\n"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    there = subprocess.run([*python, "-c", "import openai, grpc"], env=env, capture_output=True, text=True, check=False)
+    assert there.returncode == 0, there.stderr
+    ours = subprocess.run([*python, "-c", "import moeray.config"], env=env, capture_output=True, check=False)
+    assert ours.returncode != 0, "our package must not be importable there"
+    return python
+
+
+def test_the_openai_sdk_works_from_an_environment_without_our_package(
+    shared_cluster: Cluster, stranger: list[str], golden: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    question, expected = single_question(golden)
+    program = f"""
+from openai import OpenAI
+client = OpenAI(base_url={shared_cluster.http + "/v1"!r}, api_key="none")
+model = client.models.list().data[0].id
+ask = dict(model=model, messages=[{{"role": "user", "content": {question!r}}}], temperature=0, max_tokens=64,
+           extra_body={{"chat_template_kwargs": {{"thinking": False}}}})
+whole = client.chat.completions.create(**ask).choices[0].message.content
+pieces = [chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**ask, stream=True) if chunk.choices]
+assert "".join(pieces) == whole and len(pieces) > 3, pieces
+print(whole)
+"""
+    assert run(stranger, program, tmp_path) == expected
+
+
+def test_a_generated_grpc_stub_works_from_an_environment_without_our_package(
+    shared_cluster: Cluster, stranger: list[str], golden: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    question, expected = single_question(golden)
+    subprocess.run(
+        [sys.executable, "-m", "grpc_tools.protoc", f"-I{PROTO_ROOT}", f"--python_out={tmp_path}",
+         f"--grpc_python_out={tmp_path}", "moeray/v1/inference.proto"], check=True,
+    )  # fmt: skip
+    program = f"""
+import grpc
+from moeray.v1 import inference_pb2 as pb, inference_pb2_grpc as rpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+channel = grpc.insecure_channel({shared_cluster.grpc!r})
+health = health_pb2_grpc.HealthStub(channel)
+for service in ("", "moeray.v1.Inference"):
+    assert health.Check(health_pb2.HealthCheckRequest(service=service), timeout=10).status == health_pb2.HealthCheckResponse.SERVING
+ask = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+listed = next(reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(ask)).list_services_response.service
+assert "moeray.v1.Inference" in [service.name for service in listed], listed
+stub = rpc.InferenceStub(channel)
+model = stub.ListModels(pb.ListModelsRequest(), timeout=10).data[0].id
+request = pb.ChatRequest(model=model, messages=[pb.ChatMessage(role="user", content={question!r})], temperature=0, max_tokens=64)
+request.chat_template_kwargs["thinking"] = False
+whole = stub.Chat(request, timeout=60).choices[0].message.content
+chunks = list(stub.ChatStream(request, timeout=60))
+assert "".join(choice.delta.content for chunk in chunks for choice in chunk.choices) == whole and len(chunks) > 3
+text = stub.Complete(pb.CompletionRequest(model=model, prompt=["What is"], max_tokens=4, temperature=0), timeout=60)
+assert text.usage.completion_tokens == 4, text
+print(whole)
+"""
+    assert run(stranger, program, tmp_path) == expected
+
+
+def run(python: list[str], program: str, folder: Path) -> str:
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [*python, "-c", program], cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def single_question(golden: list[dict[str, Any]]) -> tuple[str, str]:
+    """A golden prompt of one user turn without thinking or tools: (question, answer)."""
+    for prompt in golden:
+        thinks = prompt.get("chat_template_kwargs", {}).get("thinking", True)
+        if len(prompt["messages"]) == 1 and not prompt.get("tools") and not thinks:
+            return prompt["messages"][0]["content"], prompt["expected_content"]
+    raise AssertionError("golden.json has no plain question")
+
+
+def expected_text(prompt: dict[str, Any]) -> str:
+    """What `answer_text` gives for the right answer."""
+    calls = [(call["name"], json.dumps(call["arguments"])) for call in prompt.get("expected_tool_calls") or []]
+    return json.dumps([prompt.get("expected_reasoning") or "", prompt["expected_content"] or "", calls], ensure_ascii=False)

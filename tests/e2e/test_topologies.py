@@ -1,0 +1,135 @@
+"""The split is real, and its answers do not depend on how it is split."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+from clusters import Cluster, answer_text, cluster, free_ports, golden_request
+
+from moeray.attention_shard import link as wire
+from moeray.tiny import checkpoint_path
+
+PROMPTS_COMPARED = 12
+
+
+def answers(running: Cluster, golden: list[dict[str, Any]]) -> list[str]:
+    """Text, tokens and logprobs of some golden prompts, one after the other (so that batches are the same everywhere)."""
+    seen = []
+    for prompt in golden[:: max(1, len(golden) // PROMPTS_COMPARED)]:
+        status, answer = running.post("/v1/chat/completions", golden_request(prompt) | {"logprobs": True, "top_logprobs": 2})
+        assert status == 200, answer
+        choice = answer["choices"][0]
+        seen.append(json.dumps([answer_text(choice["message"]), choice["logprobs"]["content"]]))
+    return seen
+
+
+@pytest.fixture(scope="module")
+def reference(shared_cluster: Cluster, golden: list[dict[str, Any]]) -> list[str]:
+    """What the default topology, 2 x 2, answers."""
+    return answers(shared_cluster, golden)
+
+
+@pytest.mark.parametrize(
+    ("shards", "groups", "backend"),
+    [(1, 1, "gloo"), (1, 2, "gloo"), (2, 4, "gloo"), (1, 2, "local")],
+    ids=["1x1", "1x2", "2x4", "local"],
+)
+def test_answers_and_logprobs_are_byte_equal_to_2x2(
+    shards: int, groups: int, backend: str, reference: list[str], golden: list[dict[str, Any]]
+) -> None:
+    config = {
+        "attention": {"num_shards": shards}, "experts": {"num_groups": groups}, "transport": {"backend": backend},
+    }  # fmt: skip
+    with cluster(config) as running:
+        assert len(running.processes("expert_group")) == (0 if backend == "local" else groups)
+        assert answers(running, golden) == reference
+
+
+def test_shards_hold_no_routed_expert_and_groups_hold_every_one_exactly_once(shared_cluster: Cluster) -> None:
+    from moeray.deepseek_v4.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(checkpoint_path())
+    everything = {layer: list(range(checkpoint.shape.num_experts)) for layer in checkpoint.shape.moe_layers}
+    held: dict[int, list[int]] = {layer: [] for layer in everything}
+    num_bytes = 0
+    for group in shared_cluster.processes("expert_group"):
+        num_bytes += group["experts"]["bytes"]
+        for layer, experts in group["experts"]["held"].items():
+            held[int(layer)] += experts
+    assert {layer: sorted(experts) for layer, experts in held.items()} == everything
+    names = [name for layer in everything for name in checkpoint.expert_names(layer, everything[layer])]
+    assert num_bytes == checkpoint.bytes_of(names)
+    for shard in shared_cluster.processes("attention_shard"):
+        tensors = shard_info(shard["address"]).tensors
+        assert tensors is not None
+        assert not [name for name in tensors["parameters"] if ".experts." in name and ".shared_experts." not in name]
+        assert tensors["bytes_read"] + num_bytes <= tensors["checkpoint_bytes"]
+        assert set(tensors["skipped"]) >= set(names)
+
+
+def shard_info(address: str) -> wire.ShardInfo:
+    with grpc.insecure_channel(address, options=wire.CHANNEL_OPTIONS) as channel:
+        return wire.decode_shard_info(channel.unary_unary(wire.INFO)(wire.encode(wire.Info(tensors=True)), timeout=30))
+
+
+@contextlib.contextmanager
+def ray_nodes(folder: Path) -> Iterator[str]:
+    """A head (attention, ingress) and a worker (experts) on this machine, by `ray start` twice; yields the address."""
+    port, = free_ports(1)
+    env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+    ray = [str(Path(sys.executable).with_name("ray")), "start", "--disable-usage-stats", "--num-cpus=4",
+           "--object-store-memory=100000000"]  # fmt: skip
+    before = {process.pid for process in psutil.process_iter()}
+    try:
+        subprocess.run(
+            [*ray, "--node-ip-address=127.0.0.2", "--head", f"--port={port}", "--include-dashboard=false", "--labels=pool=attention", f"--temp-dir={folder}"],
+            env=env, check=True, capture_output=True, timeout=120,
+        )  # fmt: skip
+        subprocess.run(
+            [*ray, "--node-ip-address=127.0.0.3", f"--address=127.0.0.2:{port}", "--labels=pool=experts"], env=env, check=True, capture_output=True, timeout=120
+        )
+        yield f"127.0.0.2:{port}"
+    finally:
+        ours = [p for p in psutil.process_iter() if p.pid not in before and str(folder) in " ".join(_command(p))]
+        for process in ours:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(ours, timeout=20)
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def test_two_ray_nodes_with_labels_split_shards_from_groups(
+    tmp_path: Path, reference: list[str], golden: list[dict[str, Any]]
+) -> None:
+    with ray_nodes(tmp_path / "ray") as address, cluster(env={"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"}) as running:
+        shards = {process["node"] for process in running.processes("attention_shard")}
+        groups = {process["node"] for process in running.processes("expert_group")}
+        assert len(shards) == len(groups) == 1
+        assert shards != groups
+        assert answers(running, golden) == reference
+
+
+def test_down_leaves_no_process_behind(golden: list[dict[str, Any]]) -> None:
+    with cluster({"attention": {"num_shards": 1}, "experts": {"num_groups": 1}}) as running:
+        state = running.status()
+        pids = [process["pid"] for process in state["processes"]]
+        pids += [process[key] for process in state["processes"] for key in ("shard_pid", "engine_pid") if key in process]
+        assert all(psutil.pid_exists(pid) for pid in pids)
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=10)
+    assert not alive
