@@ -50,7 +50,11 @@ def main() -> None:
                     records.append(compare(name, split, baseline, concurrency, pairs))
                     print(describe(records[-1]), flush=True)
     if options.json:
-        facts = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "commit": commit(), "command": " ".join(sys.argv)}
+        facts = {
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "commit": commit(),
+            "command": " ".join(sys.argv),
+        }
         options.json.write_text(json.dumps({**facts, "records": records}, indent=1) + "\n")
 
 
@@ -74,8 +78,9 @@ def compare(name: str, split: str, baseline: str, concurrency: int, pairs: int) 
 
 def describe(record: dict[str, Any]) -> str:
     return (
-        f"{record['topology']} at concurrency {record['concurrency']}: {record['tokens_per_s']:6.1f} tokens/s, experts inside "
-        f"{record['baseline_tokens_per_s']:6.1f}; ratio {record['ratio']:.2f} ({record['ratio_min']:.2f}..{record['ratio_max']:.2f})"
+        f"{record['topology']} at concurrency {record['concurrency']}: {record['tokens_per_s']:6.1f} tokens/s, "
+        f"experts inside {record['baseline_tokens_per_s']:6.1f}; "
+        f"ratio {record['ratio']:.2f} ({record['ratio_min']:.2f}..{record['ratio_max']:.2f})"
     )
 
 
@@ -87,9 +92,17 @@ def tokens_per_s(url: str, concurrency: int) -> float:
 
 
 def complete(url: str, number: int) -> int:
-    body = {"model": "moeray-tiny", "prompt": f"{number} expert groups", "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
-    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"})
-    with urllib.request.urlopen(request, timeout=300) as answer:
+    body = {
+        "model": "moeray-tiny",
+        "prompt": f"{number} expert groups",
+        "max_tokens": TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
+    request = urllib.request.Request(  # noqa: S310
+        f"{url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=300) as answer:  # noqa: S310
         return int(json.loads(answer.read())["usage"]["completion_tokens"])
 
 
@@ -112,7 +125,9 @@ def cluster(config: dict[str, Any]) -> Iterator[str]:
 
 
 def commit() -> str:
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -52,6 +52,10 @@ class SetupError(Exception):
     """What stops the setup, in words that say what to do."""
 
 
+class Drift(SetupError):
+    """The environment is not what the lock says."""
+
+
 def say(text: str) -> None:
     print(f"setup: {text}", flush=True)
 
@@ -205,12 +209,12 @@ def install_project(venv: Path) -> None:
 
 
 def verify(venv: Path, pins: dict[str, str], forbidden: tuple[str, ...]) -> None:
-    """Raises: SetupError naming each package that differs from the lock."""
+    """Raises: Drift naming each package that differs from the lock."""
     question = json.dumps([pins, forbidden])
     command = [str(venv / "bin" / "python"), "-c", CHECK_INSTALLED]
     wrong = subprocess.run(command, input=question, text=True, capture_output=True, check=True).stdout.strip()
     if wrong:
-        raise SetupError(f"{venv} differs from the lock:\n{wrong}")
+        raise Drift(f"{venv} differs from the lock (`make setup` again restores locked versions):\n{wrong}")
 
 
 def bring_up_to_date(venv: Path) -> None:
@@ -228,10 +232,17 @@ def bring_up_to_date(venv: Path) -> None:
     (venv / MARK_NAME).touch()
     if present.get("lock") != wanted["lock"]:
         install_lock(venv, len(pins))
-    install_torch(venv, torch)
-    compile_modules(venv)
-    install_project(venv)
-    verify(venv, {**pins, "torch": f"{torch}+cpu"}, forbidden)
+    try:
+        install_torch(venv, torch)
+        compile_modules(venv)
+        install_project(venv)
+        verify(venv, {**pins, "torch": f"{torch}+cpu"}, forbidden)
+    except SetupError as error:
+        # The step failed by itself and left order behind: the next run continues here. After Drift, from the lock on.
+        done = ("base",) if isinstance(error, Drift) else ("base", "lock")
+        stamp.write_text(json.dumps({key: wanted[key] for key in done}))
+        (venv / MARK_NAME).unlink()
+        raise
     stamp.write_text(json.dumps(wanted, indent=1))
     (venv / MARK_NAME).unlink()
     say(f"ready in {time.monotonic() - started:.0f} s: {venv}")

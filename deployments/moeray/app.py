@@ -14,8 +14,8 @@ from ray import serve
 from ray.serve import Application
 
 from moeray.attention_shard.replica import AttentionShard
-from moeray.config import POOL_LABEL, ClusterConfig, ConfigError, load_config, parse_config
-from moeray.controller.settings import ControllerSettings
+from moeray.config import POOL_LABEL, ClusterConfig, load_config, parse_config
+from moeray.controller.settings import ControllerSettings, controller_settings
 from moeray.deepseek_v4.checkpoint import Checkpoint
 from moeray.deepseek_v4.source import locate
 from moeray.expert_group.replica import ExpertGroup
@@ -34,36 +34,12 @@ def build(config: ClusterConfig | Mapping[str, Any] | str | None = None) -> Appl
     """
     config = _checked(config)
     directory = locate(config.model)
-    settings = controller_settings(config, Checkpoint.open(directory))
+    settings = controller_settings(config, Checkpoint.open(directory).shape)
     if settings.num_groups == 0:
         return _ingress(config, directory, settings, _shards(config, directory, settings))
-    return _ingress(config, directory, settings, _shards(config, directory, settings), _groups(config, directory, settings))
-
-
-def controller_settings(config: ClusterConfig, checkpoint: Checkpoint) -> ControllerSettings:
-    """What the controller must know of model and topology.
-
-    Raises:
-        ConfigError: more expert groups than experts.
-    """
-    shape = checkpoint.shape
-    if config.experts.num_groups > shape.num_experts:
-        raise ConfigError(
-            f"experts.num_groups: {config.experts.num_groups} groups cannot share the {shape.num_experts} routed experts "
-            f"of {config.model}: at most {shape.num_experts}"
-        )
-    return ControllerSettings(
-        model=model_name(config),
-        num_groups=0 if config.transport.backend == "local" else config.experts.num_groups,
-        num_layers=shape.num_layers,
-        num_experts=shape.num_experts,
+    return _ingress(
+        config, directory, settings, _shards(config, directory, settings), _groups(config, directory, settings)
     )
-
-
-def model_name(config: ClusterConfig) -> str:
-    """The name clients ask for: the bundled name or hub id as written, a directory's last part."""
-    directory = Path(config.model).expanduser()
-    return directory.resolve().name if directory.is_dir() else config.model
 
 
 def _checked(config: ClusterConfig | Mapping[str, Any] | str | None) -> ClusterConfig:
@@ -96,9 +72,7 @@ def _groups(config: ClusterConfig, directory: Path, settings: ControllerSettings
     ).bind(config, str(directory), settings)  # fmt: skip
 
 
-def _ingress(
-    config: ClusterConfig, directory: Path, settings: ControllerSettings, *pools: Application
-) -> Application:
+def _ingress(config: ClusterConfig, directory: Path, settings: ControllerSettings, *pools: Application) -> Application:
     ingress = config.ingress
     return serve.deployment(Ingress).options(
         num_replicas=ingress.num_replicas,

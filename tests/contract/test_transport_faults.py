@@ -71,14 +71,19 @@ def test_survivors_are_freed_although_the_error_is_kept(mortal_groups: list[Peer
     assert kept.__traceback__ is not None
 
 
-def test_closing_with_a_call_in_flight_frees_the_groups(groups: list[Peer]) -> None:
+@pytest.mark.parametrize("how", ["close", "forget"])
+def test_ending_with_a_call_in_flight_frees_the_groups(groups: list[Peer], how: str) -> None:
     key, addresses = serve(groups, SMALL, SLOTS)
-    transport = connect(spec_of(SMALL), spread(SMALL, SLOTS), addresses)
-    handle = transport.dispatch(0, *SMALL.batch(200))
-    transport.close()
+    for num_tokens in (1, 5, 200, 700, 2000) * 3:  # replies arrive before, while and after the transport ends
+        transport = connect(spec_of(SMALL), spread(SMALL, SLOTS), addresses)
+        handle = transport.dispatch(0, *SMALL.batch(num_tokens))
+        if how == "forget":
+            del transport
+            continue
+        transport.close()
+        with pytest.raises(TransportError, match="closed"):
+            transport.combine(handle)
     assert eventually(lambda: not groups[0].ask("shards", key) and not groups[1].ask("shards", key))
-    with pytest.raises(TransportError, match="closed"):
-        transport.combine(handle)
 
 
 def test_a_group_refuses_by_itself_whatever_the_shard_thinks(groups: list[Peer]) -> None:

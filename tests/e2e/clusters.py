@@ -1,4 +1,4 @@
-"""Real clusters for end-to-end tests: `moeray up --detach` in its own state folder on free ports, and what to ask them."""
+"""Real clusters for end-to-end tests: `moeray up --detach` in a state folder and on ports of its own."""
 
 from __future__ import annotations
 

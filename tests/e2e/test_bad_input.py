@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -34,7 +35,9 @@ ASK = {"model": "moeray-tiny", "messages": [{"role": "user", "content": "What is
         ({"n": 0}, 400, "n"),
     ],
 )
-def test_a_bad_request_names_the_field(shared_cluster: Cluster, change: dict[str, Any], status: int, names: str) -> None:
+def test_a_bad_request_names_the_field(
+    shared_cluster: Cluster, change: dict[str, Any], status: int, names: str
+) -> None:
     got, answer = shared_cluster.post("/v1/chat/completions", ASK | change)
     assert got == status, answer
     assert set(answer["error"]) >= {"message", "type", "code"}
@@ -43,7 +46,11 @@ def test_a_bad_request_names_the_field(shared_cluster: Cluster, change: dict[str
 
 @pytest.mark.parametrize(
     "body",
-    [b"{not json", b'{"model": "moeray-tiny", "messages": [{"role": "user", "content": "hi"}], "temperature": NaN}', b""],
+    [
+        b"{not json",
+        b'{"model": "moeray-tiny", "messages": [{"role": "user", "content": "hi"}], "temperature": NaN}',
+        b"",
+    ],
     ids=["malformed", "nan", "empty"],
 )
 def test_a_bad_body_is_a_400_with_an_error_object(shared_cluster: Cluster, body: bytes) -> None:
@@ -61,11 +68,12 @@ def test_bad_requests_over_grpc_carry_a_status_that_names_the_field(shared_clust
     from moeray.v1 import inference_pb2_grpc as rpc
 
     user = [pb.ChatMessage(role="user", content="hi")]
+    invalid = grpc.StatusCode.INVALID_ARGUMENT
     wrong = [
         (pb.ChatRequest(model="gpt-5", messages=user), grpc.StatusCode.NOT_FOUND, "model"),
-        (pb.ChatRequest(model="moeray-tiny"), grpc.StatusCode.INVALID_ARGUMENT, "messages"),
-        (pb.ChatRequest(model="moeray-tiny", messages=user, max_tokens=-5), grpc.StatusCode.INVALID_ARGUMENT, "max_tokens"),
-        (pb.ChatRequest(model="moeray-tiny", messages=user, temperature=float("nan")), grpc.StatusCode.INVALID_ARGUMENT, "temperature"),
+        (pb.ChatRequest(model="moeray-tiny"), invalid, "messages"),
+        (pb.ChatRequest(model="moeray-tiny", messages=user, max_tokens=-5), invalid, "max_tokens"),
+        (pb.ChatRequest(model="moeray-tiny", messages=user, temperature=math.nan), invalid, "temperature"),
     ]  # fmt: skip
     with grpc.insecure_channel(shared_cluster.grpc) as channel:
         stub = rpc.InferenceStub(channel)
@@ -139,7 +147,9 @@ def test_a_truncated_checkpoint_is_named_with_its_bytes(tmp_path: Path) -> None:
     os.truncate(file, size - 4096)
     done = up(tmp_path, f"model: {tmp_path / 'model'}\n")
     assert done.returncode == 2
-    assert "model.safetensors" in done.stderr and f"{size:,}".replace(",", "") in done.stderr.replace(",", "").replace("_", "")
+    assert "model.safetensors" in done.stderr and f"{size:,}".replace(",", "") in done.stderr.replace(",", "").replace(
+        "_", ""
+    )
 
 
 def test_a_header_that_lies_is_refused(tmp_path: Path) -> None:
@@ -169,9 +179,18 @@ def test_too_little_memory_shows_the_arithmetic(tmp_path: Path) -> None:
 
 
 def test_commands_without_a_cluster_say_how_to_start_one(tmp_path: Path) -> None:
-    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"MOERAY_STATE_DIR": str(tmp_path)}
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
+        "MOERAY_STATE_DIR": str(tmp_path)
+    }
     for command in (["status"], ["down"], ["chat", "hi"]):
         done = subprocess.run(
-            [sys.executable, "-m", "moeray.cli", *command], env=env, capture_output=True, text=True, timeout=60, check=False
+            [sys.executable, "-m", "moeray.cli", *command],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
-        assert (done.returncode, "moeray up" in done.stderr, "Traceback" in done.stderr) == (1, True, False), done.stderr
+        assert (done.returncode, "moeray up" in done.stderr, "Traceback" in done.stderr) == (1, True, False), (
+            done.stderr
+        )

@@ -46,7 +46,9 @@ def wait_until_healed(running: Cluster, generation: int) -> None:
         )  # fmt: skip
 
     wait_for(healed, 120, "healing")
-    wait_for(lambda: running.post("/v1/chat/completions", LONG | {"stream": False, "max_tokens": 4})[0] == 200, 30, "serving")
+    wait_for(
+        lambda: running.post("/v1/chat/completions", LONG | {"stream": False, "max_tokens": 4})[0] == 200, 30, "serving"
+    )
 
 
 def test_killing_both_expert_groups_ends_the_stream_with_a_clear_error_within_10_s(victim: Cluster) -> None:

@@ -31,7 +31,9 @@ def test_status_names_every_process_of_the_default_topology(shared_cluster: Clus
 
 def test_golden_prompts_are_answered_exactly(shared_cluster: Cluster, golden: list[dict[str, Any]]) -> None:
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda prompt: shared_cluster.post("/v1/chat/completions", golden_request(prompt)), golden))
+        answers = list(
+            pool.map(lambda prompt: shared_cluster.post("/v1/chat/completions", golden_request(prompt)), golden)
+        )
     wrong = []
     for prompt, (status, answer) in zip(golden, answers, strict=True):
         assert status == 200, answer
@@ -68,9 +70,9 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     venv.create(folder, with_pip=False)
     python = [str(folder / "bin" / "python")]
     # The packages of this environment, without the .pth files that make ours importable.
-    (folder / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages" / "sitecustomize.py").write_text(
-        f"import sys\nsys.path.append({sysconfig.get_path('purelib')!r})\n"
-    )
+    (
+        folder / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages" / "sitecustomize.py"
+    ).write_text(f"import sys\nsys.path.append({sysconfig.get_path('purelib')!r})\n")
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     there = subprocess.run([*python, "-c", "import openai, grpc"], env=env, capture_output=True, text=True, check=False)
     assert there.returncode == 0, there.stderr
@@ -90,7 +92,8 @@ model = client.models.list().data[0].id
 ask = dict(model=model, messages=[{{"role": "user", "content": {question!r}}}], temperature=0, max_tokens=64,
            extra_body={{"chat_template_kwargs": {{"thinking": False}}}})
 whole = client.chat.completions.create(**ask).choices[0].message.content
-pieces = [chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**ask, stream=True) if chunk.choices]
+chunks = client.chat.completions.create(**ask, stream=True)
+pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
 assert "".join(pieces) == whole and len(pieces) > 3, pieces
 print(whole)
 """
@@ -113,13 +116,15 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 channel = grpc.insecure_channel({shared_cluster.grpc!r})
 health = health_pb2_grpc.HealthStub(channel)
 for service in ("", "moeray.v1.Inference"):
-    assert health.Check(health_pb2.HealthCheckRequest(service=service), timeout=10).status == health_pb2.HealthCheckResponse.SERVING
+    answer = health.Check(health_pb2.HealthCheckRequest(service=service), timeout=10)
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
 ask = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
-listed = next(reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(ask)).list_services_response.service
-assert "moeray.v1.Inference" in [service.name for service in listed], listed
+listed = next(reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(ask)).list_services_response
+assert "moeray.v1.Inference" in [service.name for service in listed.service], listed
 stub = rpc.InferenceStub(channel)
 model = stub.ListModels(pb.ListModelsRequest(), timeout=10).data[0].id
-request = pb.ChatRequest(model=model, messages=[pb.ChatMessage(role="user", content={question!r})], temperature=0, max_tokens=64)
+user = pb.ChatMessage(role="user", content={question!r})
+request = pb.ChatRequest(model=model, messages=[user], temperature=0, max_tokens=64)
 request.chat_template_kwargs["thinking"] = False
 whole = stub.Chat(request, timeout=60).choices[0].message.content
 chunks = list(stub.ChatStream(request, timeout=60))
@@ -152,4 +157,6 @@ def single_question(golden: list[dict[str, Any]]) -> tuple[str, str]:
 def expected_text(prompt: dict[str, Any]) -> str:
     """What `answer_text` gives for the right answer."""
     calls = [(call["name"], json.dumps(call["arguments"])) for call in prompt.get("expected_tool_calls") or []]
-    return json.dumps([prompt.get("expected_reasoning") or "", prompt["expected_content"] or "", calls], ensure_ascii=False)
+    return json.dumps(
+        [prompt.get("expected_reasoning") or "", prompt["expected_content"] or "", calls], ensure_ascii=False
+    )

@@ -23,10 +23,12 @@ PROMPTS_COMPARED = 12
 
 
 def answers(running: Cluster, golden: list[dict[str, Any]]) -> list[str]:
-    """Text, tokens and logprobs of some golden prompts, one after the other (so that batches are the same everywhere)."""
+    """Text, tokens and logprobs of some golden prompts, one after the other (the batches are then the same)."""
     seen = []
     for prompt in golden[:: max(1, len(golden) // PROMPTS_COMPARED)]:
-        status, answer = running.post("/v1/chat/completions", golden_request(prompt) | {"logprobs": True, "top_logprobs": 2})
+        status, answer = running.post(
+            "/v1/chat/completions", golden_request(prompt) | {"logprobs": True, "top_logprobs": 2}
+        )
         assert status == 200, answer
         choice = answer["choices"][0]
         seen.append(json.dumps([answer_text(choice["message"]), choice["logprobs"]["content"]]))
@@ -85,19 +87,17 @@ def shard_info(address: str) -> wire.ShardInfo:
 @contextlib.contextmanager
 def ray_nodes(folder: Path) -> Iterator[str]:
     """A head (attention, ingress) and a worker (experts) on this machine, by `ray start` twice; yields the address."""
-    port, = free_ports(1)
+    (port,) = free_ports(1)
     env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
     ray = [str(Path(sys.executable).with_name("ray")), "start", "--disable-usage-stats", "--num-cpus=4",
            "--object-store-memory=100000000"]  # fmt: skip
     before = {process.pid for process in psutil.process_iter()}
     try:
-        subprocess.run(
-            [*ray, "--node-ip-address=127.0.0.2", "--head", f"--port={port}", "--include-dashboard=false", "--labels=pool=attention", f"--temp-dir={folder}"],
-            env=env, check=True, capture_output=True, timeout=120,
-        )  # fmt: skip
-        subprocess.run(
-            [*ray, "--node-ip-address=127.0.0.3", f"--address=127.0.0.2:{port}", "--labels=pool=experts"], env=env, check=True, capture_output=True, timeout=120
-        )
+        head = ["--head", "--node-ip-address=127.0.0.2", f"--port={port}", "--include-dashboard=false",
+                "--labels=pool=attention", f"--temp-dir={folder}"]  # fmt: skip
+        worker = [f"--address=127.0.0.2:{port}", "--node-ip-address=127.0.0.3", "--labels=pool=experts"]
+        for node in (head, worker):
+            subprocess.run([*ray, *node], env=env, check=True, capture_output=True, timeout=120)
         yield f"127.0.0.2:{port}"
     finally:
         ours = [p for p in psutil.process_iter() if p.pid not in before and str(folder) in " ".join(_command(p))]
@@ -117,7 +117,10 @@ def _command(process: psutil.Process) -> list[str]:
 def test_two_ray_nodes_with_labels_split_shards_from_groups(
     tmp_path: Path, reference: list[str], golden: list[dict[str, Any]]
 ) -> None:
-    with ray_nodes(tmp_path / "ray") as address, cluster(env={"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"}) as running:
+    with (
+        ray_nodes(tmp_path / "ray") as address,
+        cluster(env={"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"}) as running,
+    ):
         shards = {process["node"] for process in running.processes("attention_shard")}
         groups = {process["node"] for process in running.processes("expert_group")}
         assert len(shards) == len(groups) == 1
@@ -129,7 +132,9 @@ def test_down_leaves_no_process_behind(golden: list[dict[str, Any]]) -> None:
     with cluster({"attention": {"num_shards": 1}, "experts": {"num_groups": 1}}) as running:
         state = running.status()
         pids = [process["pid"] for process in state["processes"]]
-        pids += [process[key] for process in state["processes"] for key in ("shard_pid", "engine_pid") if key in process]
+        pids += [
+            process[key] for process in state["processes"] for key in ("shard_pid", "engine_pid") if key in process
+        ]
         assert all(psutil.pid_exists(pid) for pid in pids)
     _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=10)
     assert not alive

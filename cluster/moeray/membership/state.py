@@ -103,8 +103,10 @@ class Membership:
 
     @property
     def is_complete(self) -> bool:
-        return self.generation > 0 and len(self.groups) == self.num_groups and all(
-            id in self.members and self.members[id].state is MemberState.READY for id in self.groups
+        return (
+            self.generation > 0
+            and len(self.groups) == self.num_groups
+            and all(id in self.members and self.members[id].state is MemberState.READY for id in self.groups)
         )
 
     def view(self) -> View:
@@ -145,7 +147,7 @@ class Membership:
         came_back_as_they_were = not self.groups and len(claims) == 1 and claims != {0}
         newest = max(claims | {self.generation})
         generation = newest if came_back_as_they_were else newest + 1
-        members = self.members | {member.id: replace(member, generation=generation) for member in ready.values()}
+        members = {**self.members, **{member.id: replace(member, generation=generation) for member in ready.values()}}
         return replace(self, generation=generation, groups=groups, members=MappingProxyType(members))
 
 

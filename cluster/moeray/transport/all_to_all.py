@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from moeray.placement import Placement
 from moeray.transport.communicator import Communicator, Flight, LinkBroken, Message
 from moeray.transport.errors import GroupFailed, PeerLost, StaleGeneration, TransportError
 from moeray.transport.interface import DispatchHandle
-from moeray.transport.packing import DeviceBlocks, HostBlocks, as_numpy_rows, route_on_host
+from moeray.transport.packing import DevicePacker, HostPacker, Packed, Packer
 from moeray.transport.reduction import weighted_sum
 from moeray.transport.rendezvous import ShardRendezvous
 from moeray.transport.timings import HopTimings, now_ns
@@ -56,6 +57,7 @@ class AllToAllTransport:
         timeout_s: float,
         max_tokens: int,
     ) -> None:
+        self._failure: Callable[[], TransportError] | None = None
         self._placement = placement
         self._geometry = geometry
         self._timeout_s = timeout_s
@@ -64,14 +66,14 @@ class AllToAllTransport:
         self._rendezvous = rendezvous
         self._flight: Flight | None = None
         self._pending: AllToAllHandle | None = None
-        self._failure: Callable[[], TransportError] | None = None
         self._sequence = 0
         num_groups, device = placement.num_groups, communicator.device
-        owner_LE = torch.tensor([placement.group_of_expert(layer) for layer in range(placement.num_layers)])
-        self._owner_LE = owner_LE.to(device)
-        self._host_owner_LE = owner_LE.numpy()
-        self._host_blocks = HostBlocks(geometry, num_groups)
-        self._device_blocks = DeviceBlocks(geometry, num_groups, device) if communicator.bucketed else None
+        owner_LE = np.array([placement.group_of_expert(layer) for layer in range(placement.num_layers)])
+        self._packer: Packer = (
+            DevicePacker(geometry, owner_LE, num_groups, device)
+            if communicator.bucketed
+            else HostPacker(geometry, owner_LE, num_groups)
+        )
         self._replies = torch.empty((0, geometry.hidden_size), dtype=geometry.dtype, device=device)
         self._timings = HopTimings(pairs_per_group=[0] * num_groups)
 
@@ -88,18 +90,15 @@ class AllToAllTransport:
         self._check_usable()
         self._check_input(layer, x_TD, expert_ids_TK, weights_TK)
         self._sequence += 1
-        if self._device_blocks is not None and len(x_TD) <= self._geometry.inline_rows:
-            sends, source_P, capacity = self._pack_on_device(self._device_blocks, layer, x_TD, expert_ids_TK)
-        else:
-            sends, source_P, capacity = self._pack_on_host(layer, x_TD, expert_ids_TK)
-        packed = now_ns()
-        reply_rows = [self._geometry.status_rows + pairs for pairs in capacity]
-        self._start(sends, reply_rows)
+        packed = self._pack(layer, x_TD, expert_ids_TK)
+        packed_at = now_ns()
+        reply_rows = [self._geometry.status_rows + pairs for pairs in packed.reply_pairs]
+        self._start(packed.sends, reply_rows)
         done = now_ns()
-        self._timings.pack_ns += packed - started
-        self._timings.send_ns += done - packed
+        self._timings.pack_ns += packed_at - started
+        self._timings.send_ns += done - packed_at
         self._timings.tokens += len(x_TD)
-        handle = AllToAllHandle(self.generation, self._sequence, weights_TK.clone(), source_P, reply_rows, done)
+        handle = AllToAllHandle(self.generation, self._sequence, weights_TK.clone(), packed.source_P, reply_rows, done)
         self._pending = handle
         return handle
 
@@ -131,12 +130,10 @@ class AllToAllTransport:
         """
         self._sequence += 1
         header = Header(self.generation, self._sequence, -1, 0, 0, 0, Flags.PROBE)
-        self._host_blocks.headers_NW[:] = header.words()
         reply_rows = [self._geometry.status_rows] * self._placement.num_groups
         nothing = torch.empty(0)
         handle = AllToAllHandle(self.generation, self._sequence, nothing, nothing, reply_rows, 0)
-        sends = [(block.to(self._replies.device), 1 + group) for group, block in enumerate(self._host_blocks.blocks)]
-        self._start(sends, reply_rows)
+        self._start(self._packer.blocks_with(header), reply_rows)
         self._settle(handle, timeout_s)
         failure = self._read_statuses(handle)
         if failure is not None:
@@ -144,6 +141,11 @@ class AllToAllTransport:
 
     def close(self) -> None:
         self._poison(lambda: TransportError("the transport was closed"))
+
+    def __del__(self) -> None:
+        # A flight that is dropped instead of ended can hang the process (see gloo.py).
+        if self._failure is None:
+            self.close()
 
     def _check_usable(self, settle: bool = True) -> None:
         if self._failure is not None:
@@ -172,37 +174,15 @@ class AllToAllTransport:
                 f"at most {self._max_tokens} tokens"
             )
 
-    def _pack_on_host(self, layer: int, x_TD: Tensor, ids_TK: Tensor) -> tuple[list[Message], Tensor, list[int]]:
-        """Exact sizes; for device tensors (batches beyond the decode buckets) through host memory."""
-        device, blocks, geometry = x_TD.device, self._host_blocks, self._geometry
-        x, ids = as_numpy_rows(x_TD.cpu().contiguous()), ids_TK.cpu().contiguous().numpy()
+    def _pack(self, layer: int, x_TD: Tensor, ids_TK: Tensor) -> Packed:
+        header = Header(self.generation, self._sequence, layer, 0, 0, 0, Flags.NONE)
         try:
-            routing = route_on_host(ids, self._host_owner_LE[layer], self._placement.num_groups, geometry.status_rows)
+            packed = self._packer.pack(header, x_TD, ids_TK)
         except IndexError:
             raise TransportError(f"expert ids must be 0..{self._placement.num_experts - 1}") from None
-        large = blocks.large_payloads(x, routing)
-        sends: list[Message] = []
-        for group, (tokens, pairs) in enumerate(zip(routing.tokens, routing.num_pairs, strict=True)):
-            flags = Flags.LARGE if group in large else Flags.NONE
-            if group not in large:
-                blocks.fill(group, x, tokens, routing.ids[group])
-            header = Header(self.generation, self._sequence, layer, len(tokens), pairs, pairs, flags)
-            blocks.headers_NW[group] = header.words()
-            sends.append((blocks.blocks[group].to(device), 1 + group))
+        for group, pairs in enumerate(packed.num_pairs or ()):
             self._timings.pairs_per_group[group] += pairs
-        sends += [(payload.to(device), 1 + group) for group, payload in large.items()]
-        return sends, torch.from_numpy(routing.source_P).to(device), routing.num_pairs
-
-    def _pack_on_device(
-        self, blocks: DeviceBlocks, layer: int, x_TD: Tensor, ids_TK: Tensor
-    ) -> tuple[list[Message], Tensor, list[int]]:
-        """Every group's reply has room for all pairs of the bucket: the next power of two of T."""
-        bucket = 1 << max(0, len(x_TD) - 1).bit_length()
-        room = bucket * self._geometry.top_k
-        header = Header(self.generation, self._sequence, layer, 0, 0, room, Flags.NONE)
-        source_P, _ = blocks.fill(x_TD, ids_TK, self._owner_LE[layer], header)
-        sends = [(block, 1 + group) for group, block in enumerate(blocks.blocks)]
-        return sends, source_P, [room] * self._placement.num_groups
+        return packed
 
     def _start(self, sends: list[Message], reply_rows: list[int]) -> None:
         total = sum(reply_rows)
@@ -267,7 +247,10 @@ class AllToAllTransport:
         """Drop everything that holds a connection; idempotent, the first failure stays."""
         if self._failure is None:
             self._failure = failure
-            self._flight = self._pending = None
+            flight, self._flight, self._pending = self._flight, None, None
+            if flight is not None:
+                flight.abandon()
+            del flight
             communicator, self._communicator = self._communicator, None
             if communicator is not None:
                 communicator.close()

@@ -44,6 +44,10 @@ class Flight(Protocol):
         """
         ...
 
+    def abandon(self) -> None:
+        """Give up without waiting; the communicator must be closed next. Idempotent, also after `wait`."""
+        ...
+
 
 class Communicator(Protocol):
     """One shard's connections. Used by one thread."""
@@ -67,5 +71,8 @@ class Communicator(Protocol):
         ...
 
     def close(self) -> None:
-        """Drop the connections: every peer's wait ends with LinkBroken. Flights must have been dropped before."""
+        """Drop the connections: every peer's wait ends with LinkBroken. Flights must have ended before.
+
+        A flight ends by a wait, with or without an error, or by being abandoned.
+        """
         ...

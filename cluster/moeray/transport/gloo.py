@@ -2,9 +2,13 @@
 
 One ProcessGroupGloo per shard, never the default group. Pairs connect on first use (`lazy_init`), so that groups,
 which never talk to each other, hold no connection to each other.
-Traps: `ProcessGroupGloo.abort` does not end a wait in progress, and a connection is closed only when the last
-reference to the group *and to its works* is gone. So references live in as few places as possible and no exception
-that leaves this module has a frame with one of them in its traceback.
+Traps, each of which cost a hang:
+- `ProcessGroupGloo.abort` does not end a wait in progress. A wait that runs out of time does: Gloo then closes all of
+  the group's connections, which is the only way to cut them (`_cut`).
+- A connection is closed otherwise only when the last reference to the group *and to its works* is gone. So references
+  live in as few places as possible, and no exception that leaves this module has a frame with one in its traceback.
+- A work may not be dropped while its message is still to come: Gloo's event loop then finds no buffer for the arriving
+  bytes, never gets idle, and the group's destructor waits for it for ever. So works are finished or cut, then dropped.
 """
 
 from __future__ import annotations
@@ -20,30 +24,50 @@ from torch.distributed import ProcessGroupGloo, Store  # type: ignore[attr-defin
 from moeray.transport.communicator import LinkBroken, Message
 
 FOREVER = timedelta(days=3650)
+AT_ONCE = timedelta(milliseconds=1)  # Gloo's smallest; zero would mean the group's own timeout
 TAG = 0
+
+Works = list[tuple[int, Any]]
+"""(peer, torch Work), in the order in which they are waited for."""
 
 
 class GlooFlight:
-    """Works in the order in which they are waited for."""
+    """See `Flight`."""
 
-    def __init__(self, works: list[tuple[int, Any]]) -> None:
+    def __init__(self, works: Works) -> None:
         self._works = works
 
     def wait(self, timeout_s: float | None) -> None:
         deadline = None if timeout_s is None else monotonic() + timeout_s
         broken: tuple[int, str] | None = None
-        peer, work = -1, None
         for peer, work in self._works:
-            try:
-                # Zero would mean the group's default: the rest of the time is at least a millisecond.
-                work.wait(FOREVER if deadline is None else timedelta(seconds=max(0.001, deadline - monotonic())))
-            except RuntimeError as error:
-                broken = peer, _reason(str(error), timeout_s)
+            left = FOREVER if deadline is None else max(AT_ONCE, timedelta(seconds=deadline - monotonic()))
+            broken = _finish(peer, work, left, timeout_s)
+            if broken is not None:
                 break
+        if broken is not None:
+            _cut(self._works)
         self._works = []
-        del peer, work
         if broken is not None:
             raise LinkBroken(*broken)
+
+    def abandon(self) -> None:
+        _cut(self._works)
+        self._works = []
+
+
+def _finish(peer: int, work: Any, timeout: timedelta, timeout_s: float | None) -> tuple[int, str] | None:
+    try:
+        work.wait(timeout)
+    except RuntimeError as error:
+        return peer, _reason(str(error), timeout_s)
+    return None
+
+
+def _cut(works: Works) -> None:
+    """Leave no message to come: each is here already, or every connection of the group is closed."""
+    for peer, work in works:
+        _finish(peer, work, AT_ONCE, None)
 
 
 class GlooCommunicator:
@@ -68,7 +92,7 @@ class GlooCommunicator:
         self._group: Any = ProcessGroupGloo(store, rank, size, options)
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> GlooFlight:
-        works: list[tuple[int, Any]] = []
+        works: Works = []
         broken: tuple[int, str] | None = None
         peer = -1
         try:
@@ -80,6 +104,7 @@ class GlooCommunicator:
         except RuntimeError as error:
             broken = peer, _reason(str(error), None)
         if broken is not None:
+            _cut(works)
             works.clear()
             raise LinkBroken(*broken)
         return GlooFlight(works)

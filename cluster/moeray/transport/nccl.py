@@ -58,6 +58,9 @@ class NcclFlight:
             raise LinkBroken(*broken)
         self._work.wait()  # orders the caller's stream after the messages; does not block the host
 
+    def abandon(self) -> None:
+        self._communicator.close()
+
 
 class NcclCommunicator:
     """See `Communicator`."""

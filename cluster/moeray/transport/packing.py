@@ -1,21 +1,25 @@
 """Which rows go to which group, and where each pair's answer will lie in the replies.
 
-Two packers with the same result: `pack_on_host` (NumPy, exact sizes, 5 to 50 us) and `pack_on_device` (torch, no size
-ever read by the host). Only tokens with at least one expert in a group go to it; ids of experts elsewhere are -1.
+Two packers with the same result: `HostPacker` (NumPy, exact sizes) and `DevicePacker` (torch; for decode batches the
+host reads no size, so that it never waits for the routing). Only tokens with at least one expert in a group go to it;
+ids of experts elsewhere are -1.
 
-Suffixes: T tokens, D hidden, K experts per token, P = T * K pairs in row-major order, N groups, E experts.
+Suffixes: T tokens, D hidden, K experts per token, P = T * K pairs in row-major order, N groups, L layers, E experts.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moeray.transport.wire import Geometry, Header
+from moeray.transport.communicator import Message
+from moeray.transport.wire import HEADER_BYTES, HEADER_WORDS, Flags, Geometry, Header
 
 # NumPy has no bfloat16: rows are moved as integers of the same width.
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -36,6 +40,41 @@ class Routing:
     ids: list[NDArray[np.int32]]
     num_pairs: list[int]
     source_P: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """What one dispatch sends and expects; its tensors are valid until the next one.
+
+    Attributes:
+        sends: to rank 1 + group; a group's block comes before its payload.
+        source_P: as in `Routing`, on the replies' device.
+        reply_pairs: per group, rows that its reply has room for.
+        num_pairs: per group, rows that it will fill; None where only the device knows.
+    """
+
+    sends: list[Message]
+    source_P: Tensor
+    reply_pairs: list[int]
+    num_pairs: list[int] | None
+
+
+class Packer(Protocol):
+    """Owns the dispatch blocks of all groups."""
+
+    def pack(self, header: Header, x_TD: Tensor, ids_TK: Tensor) -> Packed:
+        """Pack one batch.
+
+        Args:
+            header: generation, sequence and layer; the rest is filled in per group.
+        Raises:
+            IndexError: an id outside 0..E-1 (where the host looks at ids at all).
+        """
+        ...
+
+    def blocks_with(self, header: Header) -> list[Message]:
+        """Every group's block with this header and no rows."""
+        ...
 
 
 def route_on_host(ids_TK: NDArray[np.int32], owner_E: NDArray[np.int64], num_groups: int, status_rows: int) -> Routing:
@@ -64,92 +103,139 @@ def route_on_host(ids_TK: NDArray[np.int32], owner_E: NDArray[np.int64], num_gro
     return Routing(tokens, ids, np.bincount(owner_P, minlength=num_groups).tolist(), source_P)
 
 
-def as_numpy_rows(x_TD: Tensor) -> NDArray[np.generic]:
+class HostPacker:
+    """See `Packer`; x in host memory."""
+
+    def __init__(self, geometry: Geometry, owner_LE: NDArray[np.int64], num_groups: int) -> None:
+        self._geometry = geometry
+        self._owner_LE = owner_LE
+        self._blocks = torch.zeros((num_groups, geometry.block_bytes), dtype=torch.uint8)
+        self._headers_NW = self._blocks.view(torch.int64)[:, :HEADER_WORDS].numpy()
+        self._inline = [self._views(block[HEADER_BYTES:], geometry.inline_rows) for block in self._blocks]
+        self._large = torch.empty(0, dtype=torch.uint8)
+
+    def pack(self, header: Header, x_TD: Tensor, ids_TK: Tensor) -> Packed:
+        ids, geometry = ids_TK.contiguous().numpy(), self._geometry
+        routing = route_on_host(ids, self._owner_LE[header.layer], len(self._blocks), geometry.status_rows)
+        x = _as_integers(x_TD.contiguous())
+        large = self._large_payloads(routing.tokens)
+        for group, (tokens, pairs) in enumerate(zip(routing.tokens, routing.num_pairs, strict=True)):
+            num_rows = len(tokens)
+            flags = Flags.LARGE if group in large else Flags.NONE
+            rows, row_ids = self._views(large[group], num_rows) if group in large else self._inline[group]
+            np.take(x, tokens, axis=0, out=rows[:num_rows], mode="clip")
+            row_ids[:num_rows] = routing.ids[group]
+            own = Header(header.generation, header.sequence, header.layer, num_rows, pairs, pairs, flags)
+            self._headers_NW[group] = own.words()
+        sends = [*_to_groups(self._blocks), *((payload, 1 + group) for group, payload in large.items())]
+        return Packed(sends, torch.from_numpy(routing.source_P), routing.num_pairs, routing.num_pairs)
+
+    def blocks_with(self, header: Header) -> list[Message]:
+        self._headers_NW[:] = header.words()
+        return _to_groups(self._blocks)
+
+    def _large_payloads(self, tokens: list[NDArray[np.int64]]) -> dict[int, Tensor]:
+        """Exact room for the groups whose rows do not fit inline."""
+        geometry = self._geometry
+        sizes = {g: geometry.payload_bytes(len(t)) for g, t in enumerate(tokens) if len(t) > geometry.inline_rows}
+        if sum(sizes.values()) > len(self._large):
+            self._large = torch.empty(sum(sizes.values()), dtype=torch.uint8)
+        return _cut_up(self._large, sizes)
+
+    def _views(self, payload: Tensor, num_rows: int) -> tuple[NDArray[np.generic], NDArray[np.int32]]:
+        x, ids = self._geometry.payload_views(payload, num_rows, num_rows)
+        return _as_integers(x), ids.numpy()
+
+
+class DevicePacker:
+    """See `Packer`; x on a device.
+
+    Batches that fit inline for any routing (decode) are packed without the host reading anything: every group's reply
+    gets room for all pairs of the bucket, the next power of two of T. For larger ones (prefill) the host reads the ids
+    once and sizes are exact; the rows themselves never leave the device.
+    """
+
+    def __init__(self, geometry: Geometry, owner_LE: NDArray[np.int64], num_groups: int, device: torch.device) -> None:
+        self._geometry = geometry
+        self._host_owner_LE = owner_LE
+        self._owner_LE = torch.from_numpy(owner_LE).to(device)
+        self._blocks = torch.zeros((num_groups, geometry.block_bytes), dtype=torch.uint8, device=device)
+        self._headers_NW = self._blocks.view(torch.int64)[:, :HEADER_WORDS]
+        inline = geometry.inline_rows
+        self._inline = [geometry.payload_views(block[HEADER_BYTES:], inline, inline) for block in self._blocks]
+        self._groups_N = torch.arange(num_groups, device=device)
+
+    def pack(self, header: Header, x_TD: Tensor, ids_TK: Tensor) -> Packed:
+        if len(x_TD) <= self._geometry.inline_rows:
+            return self._pack_bucket(header, x_TD, ids_TK)
+        return self._pack_exactly(header, x_TD, ids_TK)
+
+    def blocks_with(self, header: Header) -> list[Message]:
+        self._write_headers([header] * len(self._blocks))
+        return _to_groups(self._blocks)
+
+    def _pack_bucket(self, header: Header, x_TD: Tensor, ids_TK: Tensor) -> Packed:
+        num_tokens, top_k = ids_TK.shape
+        num_groups = len(self._blocks)
+        room = top_k << max(0, num_tokens - 1).bit_length()
+        owner_TK = self._owner_LE[header.layer][ids_TK.long()]
+        mine_NTK = owner_TK.unsqueeze(0) == self._groups_N.view(-1, 1, 1)
+        member_NT = mine_NTK.any(dim=2)
+        # Members first, in order; what follows them is not counted in the header and has ids of -1 only.
+        tokens_NT = (~member_NT).to(torch.int8).argsort(dim=1, stable=True)
+        own_ids_NTK = torch.where(mine_NTK, ids_TK, -1)
+        for group, (rows, row_ids) in enumerate(self._inline):
+            rows[:num_tokens] = x_TD[tokens_NT[group]]
+            row_ids[:num_tokens] = own_ids_NTK[group][tokens_NT[group]]
+        self._write_headers([replace(header, reply_pairs=room)] * num_groups)
+        self._headers_NW[:, Header.ROWS_WORD] = member_NT.sum(dim=1)
+        self._headers_NW[:, Header.PAIRS_WORD] = mine_NTK.sum(dim=(1, 2))
+        owner_P = owner_TK.reshape(-1)
+        rank_NP = mine_NTK.reshape(num_groups, num_tokens * top_k).cumsum(dim=1) - 1
+        rank_P = rank_NP.gather(0, owner_P.unsqueeze(0)).squeeze(0)
+        status_rows = self._geometry.status_rows
+        source_P = owner_P * (status_rows + room) + status_rows + rank_P
+        return Packed(_to_groups(self._blocks), source_P, [room] * num_groups, None)
+
+    def _pack_exactly(self, header: Header, x_TD: Tensor, ids_TK: Tensor) -> Packed:
+        geometry, device = self._geometry, self._blocks.device
+        ids = ids_TK.cpu().contiguous().numpy()
+        routing = route_on_host(ids, self._host_owner_LE[header.layer], len(self._blocks), geometry.status_rows)
+        sizes = {
+            group: geometry.payload_bytes(len(tokens)) for group, tokens in enumerate(routing.tokens) if len(tokens)
+        }
+        payloads = _cut_up(torch.empty(sum(sizes.values()), dtype=torch.uint8, device=device), sizes)
+        headers = []
+        for group, (tokens, pairs) in enumerate(zip(routing.tokens, routing.num_pairs, strict=True)):
+            flags = Flags.LARGE if group in payloads else Flags.NONE
+            headers.append(replace(header, num_rows=len(tokens), num_pairs=pairs, reply_pairs=pairs, flags=flags))
+            if group in payloads:
+                rows, row_ids = geometry.payload_views(payloads[group], len(tokens), len(tokens))
+                rows.copy_(x_TD.index_select(0, torch.from_numpy(tokens).to(device)))
+                row_ids.copy_(torch.from_numpy(routing.ids[group]))
+        self._write_headers(headers)
+        sends = [*_to_groups(self._blocks), *((payload, 1 + group) for group, payload in payloads.items())]
+        return Packed(sends, torch.from_numpy(routing.source_P).to(device), routing.num_pairs, routing.num_pairs)
+
+    def _write_headers(self, headers: Sequence[Header]) -> None:
+        words_NW = torch.tensor([header.words() for header in headers], dtype=torch.int64)
+        self._headers_NW.copy_(words_NW, non_blocking=True)
+
+
+def _as_integers(x_TD: Tensor) -> NDArray[np.generic]:
     """[T, D] integers of the width of x's dtype; shares memory."""
     array: NDArray[np.generic] = x_TD.view(INTEGERS[x_TD.dtype.itemsize]).numpy()
     return array
 
 
-class HostBlocks:
-    """The dispatch blocks of all groups, allocated once, with NumPy views into them."""
-
-    def __init__(self, geometry: Geometry, num_groups: int) -> None:
-        self._geometry = geometry
-        self.blocks = torch.zeros((num_groups, geometry.block_bytes), dtype=torch.uint8)
-        self.headers_NW = self.blocks.view(torch.int64)[:, :8].numpy()
-        pairs = [self._views(self.blocks[group, 64:], geometry.inline_rows) for group in range(num_groups)]
-        self._x = [x for x, _ in pairs]
-        self._ids = [ids for _, ids in pairs]
-        self._large = torch.empty(0, dtype=torch.uint8)
-
-    def fill(self, group: int, x_TD: NDArray[np.generic], tokens: NDArray[np.int64], ids: NDArray[np.int32]) -> None:
-        """Put a group's rows inline; there must be room."""
-        num_rows = len(tokens)
-        np.take(x_TD, tokens, axis=0, out=self._x[group][:num_rows], mode="clip")
-        self._ids[group][:num_rows] = ids
-
-    def large_payloads(self, x_TD: NDArray[np.generic], routing: Routing) -> dict[int, Tensor]:
-        """Exact payloads of the groups whose rows do not fit inline; valid until the next call."""
-        geometry = self._geometry
-        large = {group: len(rows) for group, rows in enumerate(routing.tokens) if len(rows) > geometry.inline_rows}
-        needed = sum(geometry.payload_bytes(num_rows) for num_rows in large.values())
-        if needed > len(self._large):
-            self._large = torch.empty(needed, dtype=torch.uint8)
-        payloads, begin = {}, 0
-        for group, num_rows in large.items():
-            payload = self._large[begin : begin + geometry.payload_bytes(num_rows)]
-            begin += len(payload)
-            x, ids = self._views(payload, num_rows)
-            np.take(x_TD, routing.tokens[group], axis=0, out=x, mode="clip")
-            ids[:] = routing.ids[group]
-            payloads[group] = payload
-        return payloads
-
-    def _views(self, payload: Tensor, num_rows: int) -> tuple[NDArray[np.generic], NDArray[np.int32]]:
-        x, ids = self._geometry.payload_views(payload, num_rows, num_rows)
-        return as_numpy_rows(x), ids.numpy()
+def _to_groups(blocks: Tensor) -> list[Message]:
+    return [(block, 1 + group) for group, block in enumerate(blocks)]
 
 
-class DeviceBlocks:
-    """The same blocks on a device, filled without the host reading anything: T must fit inline for every group."""
-
-    def __init__(self, geometry: Geometry, num_groups: int, device: torch.device) -> None:
-        self._status_rows = geometry.status_rows
-        self.blocks = torch.zeros((num_groups, geometry.block_bytes), dtype=torch.uint8, device=device)
-        views = [
-            geometry.payload_views(self.blocks[group, 64:], geometry.inline_rows, geometry.inline_rows)
-            for group in range(num_groups)
-        ]
-        self._x, self._ids = [x for x, _ in views], [ids for _, ids in views]
-        self.headers_NW = self.blocks.view(torch.int64)[:, :8]
-        self._groups_N = torch.arange(num_groups, device=device)
-
-    def fill(self, x_TD: Tensor, ids_TK: Tensor, owner_E: Tensor, header: Header) -> tuple[Tensor, Tensor]:
-        """Pack one batch for all groups.
-
-        Args:
-            header: rows and pairs are filled in per group here.
-        Returns:
-            source_P: as in `Routing`, for replies with room for `header.reply_pairs` rows each.
-            pairs_N: rows of each group's answer.
-        """
-        num_tokens, top_k = ids_TK.shape
-        owner_TK = owner_E[ids_TK.long()]
-        mine_NTK = owner_TK.unsqueeze(0) == self._groups_N.view(-1, 1, 1)
-        member_NT = mine_NTK.any(dim=2)
-        pairs_N = mine_NTK.sum(dim=(1, 2))
-        # Members first, in order; what follows them is not counted in the header and has ids of -1 only.
-        tokens_NT = (~member_NT).to(torch.int8).argsort(dim=1, stable=True)
-        own_ids_NTK = torch.where(mine_NTK, ids_TK, -1)
-        for group in range(len(self._x)):
-            self._x[group][:num_tokens] = x_TD[tokens_NT[group]]
-            self._ids[group][:num_tokens] = own_ids_NTK[group][tokens_NT[group]]
-        words = torch.tensor(header.words(), dtype=torch.int64)
-        self.headers_NW[:] = words.to(self.headers_NW.device, non_blocking=True)
-        self.headers_NW[:, Header.ROWS_WORD] = member_NT.sum(dim=1)
-        self.headers_NW[:, Header.PAIRS_WORD] = pairs_N
-        rank_NP = mine_NTK.reshape(len(self._x), num_tokens * top_k).cumsum(dim=1) - 1
-        owner_P = owner_TK.reshape(-1)
-        rank_P = rank_NP.gather(0, owner_P.unsqueeze(0)).squeeze(0)
-        stride = self._status_rows + header.reply_pairs
-        return owner_P * stride + self._status_rows + rank_P, pairs_N
+def _cut_up(buffer: Tensor, sizes: dict[int, int]) -> dict[int, Tensor]:
+    """Consecutive parts of `buffer` of these sizes."""
+    parts, begin = {}, 0
+    for key, size in sizes.items():
+        parts[key] = buffer[begin : begin + size]
+        begin += size
+    return parts

@@ -33,7 +33,7 @@ CONNECT_TIMEOUT_S = 60.0
 class AttentionShard:
     """Serve deployment. Its constructor returns when the model is loaded; it is ready when the groups are connected."""
 
-    async def __init__(self, config: ClusterConfig, directory: str, settings: ControllerSettings) -> None:
+    async def __init__(self, config: ClusterConfig, directory: str, settings: ControllerSettings) -> None:  # type: ignore[misc]
         self._child: ShardProcess | None = None
         self._lost = ""
         self._stage = "starting"

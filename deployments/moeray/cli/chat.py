@@ -97,7 +97,7 @@ def _get(url: str, api_key: str | None) -> Any:
 def _open(url: str, api_key: str | None, body: bytes | None) -> Any:
     headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {api_key}"} if api_key else {})
     try:
-        return urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=TIMEOUT_S)
+        return urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=TIMEOUT_S)  # noqa: S310
     except urllib.error.HTTPError as error:
         text = error.read().decode(errors="replace")
         try:

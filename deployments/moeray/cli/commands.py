@@ -76,8 +76,8 @@ def _parser() -> argparse.ArgumentParser:
 
     up = commands.add_parser(
         "up", help="start a cluster and wait until it is ready",
-        description="Start a cluster, on embedded Ray unless RAY_ADDRESS is set, wait until it serves, print the endpoints. "
-        "In the foreground it runs until Ctrl-C.",
+        description="Start a cluster (on embedded Ray unless RAY_ADDRESS is set), wait until it serves, print its "
+        "endpoints. In the foreground it runs until Ctrl-C.",
         epilog="example: moeray up -f cluster.yaml --detach", formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     _file(up)
@@ -87,7 +87,9 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("down", help="stop the cluster that `up` started", epilog="example: moeray down")
 
-    status = commands.add_parser("status", help="show processes, endpoints and load", epilog="example: moeray status --json")
+    status = commands.add_parser(
+        "status", help="show processes, endpoints and load", epilog="example: moeray status --json"
+    )
     status.add_argument("--json", action="store_true", help="as JSON, for scripts")
 
     chat = commands.add_parser("chat", help="ask one question and stream the answer",
@@ -98,10 +100,14 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--max-tokens", type=int, default=256, metavar="N", help="longest answer (default 256)")
     chat.add_argument("--thinking", action="store_true", help="let the model think first")
 
-    demo = commands.add_parser("demo", help="start a cluster, ask it over gRPC and HTTP, print, stop", epilog="example: moeray demo")
+    demo = commands.add_parser(
+        "demo", help="start a cluster, ask it over gRPC and HTTP, print, stop", epilog="example: moeray demo"
+    )
     _file(demo)
     return parser
 
 
 def _file(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-f", "--file", type=Path, metavar="CLUSTER.YAML", help="configuration (default: the bundled model)")
+    parser.add_argument(
+        "-f", "--file", type=Path, metavar="CLUSTER.YAML", help="configuration (default: the bundled model)"
+    )

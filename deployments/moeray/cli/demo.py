@@ -69,11 +69,13 @@ def _print_work(state: dict[str, Any]) -> None:
 def _with_free_ports(config: ClusterConfig) -> ClusterConfig:
     """The configured ports, or free ones where something else has them: a demo asks nothing and disturbs nobody."""
     ingress = config.ingress
-    ports = {key: _free_port(ingress.host, getattr(ingress, key)) for key in ("http_port", "grpc_port")}
-    for key, port in ports.items():
-        if port != getattr(ingress, key):
-            print(f"port {getattr(ingress, key)} is taken, the demo uses {port} as ingress.{key}")
-    return dataclasses.replace(config, ingress=dataclasses.replace(ingress, **ports))
+    http_port = _free_port(ingress.host, ingress.http_port)
+    grpc_port = _free_port(ingress.host, ingress.grpc_port)
+    for key, wanted, port in (("http", ingress.http_port, http_port), ("grpc", ingress.grpc_port, grpc_port)):
+        if port != wanted:
+            print(f"port {wanted} is taken, the demo uses {port} as ingress.{key}_port")
+    ingress = dataclasses.replace(ingress, http_port=http_port, grpc_port=grpc_port)
+    return dataclasses.replace(config, ingress=ingress)
 
 
 def _free_port(host: str, wanted: int) -> int:

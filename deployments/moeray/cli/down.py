@@ -15,7 +15,7 @@ SUPERVISOR_STOP_S = 45.0
 
 
 def down() -> int:
-    """Embedded: end the supervisor, which takes its Ray with it. On foreign Ray: delete our application and controller."""
+    """Embedded: end the supervisor and with it Ray. On foreign Ray: delete our application and controller."""
     cluster = state_file.read()
     if os.environ.get("RAY_ADDRESS") or (cluster is not None and not cluster.is_embedded):
         with ray_connection():
@@ -50,8 +50,8 @@ def _stop_supervisor(cluster: state_file.RunningCluster) -> None:
         if time.monotonic() > deadline:
             os.kill(cluster.supervisor_pid, signal.SIGKILL)
             raise CommandError(
-                f"the supervisor (pid {cluster.supervisor_pid}) did not stop within {SUPERVISOR_STOP_S:g} s and was killed; "
-                f"its log: {state_file.log_path()}"
+                f"the supervisor (pid {cluster.supervisor_pid}) did not stop within {SUPERVISOR_STOP_S:g} s "
+                f"and was killed; its log: {state_file.log_path()}"
             )
         time.sleep(0.05)
     state_file.remove()

@@ -24,7 +24,7 @@ def prepare(*, embedded: bool) -> None:
 
 
 def _own_token() -> Path:
-    """A token that only this user can read, and not the one in the home folder, which would arm every later `ray start`."""
+    """A token that only this user can read; one in the home folder would arm every later `ray start`."""
     path = state_dir() / "ray_token"
     if not path.exists():
         path.touch(mode=0o600)

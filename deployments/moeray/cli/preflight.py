@@ -10,6 +10,7 @@ import psutil
 
 from moeray.cli.errors import CommandError
 from moeray.config import ClusterConfig, ConfigError
+from moeray.controller.settings import controller_settings
 from moeray.deepseek_v4.checkpoint import Checkpoint
 from moeray.deepseek_v4.errors import CheckpointError
 from moeray.deepseek_v4.source import locate
@@ -27,14 +28,19 @@ def preflight(config: ClusterConfig) -> None:
         checkpoint = Checkpoint.open(locate(config.model))
     except CheckpointError as error:
         raise ConfigError(f"model: {error}") from error
-    if config.experts.num_groups > checkpoint.shape.num_experts:
-        raise ConfigError(
-            f"experts.num_groups: {config.experts.num_groups} groups cannot share {checkpoint.shape.num_experts} routed experts"
-        )
+    controller_settings(config, checkpoint.shape)
+    _check_engine_args(config)
     if os.environ.get("RAY_ADDRESS"):
         return  # ports and memory are those of other nodes
     _check_ports(config)
     _check_memory(config, checkpoint)
+
+
+def _check_engine_args(config: ClusterConfig) -> None:
+    if config.attention.engine_args:
+        from moeray.vllm_hooks.engine_args import check_engine_args  # imports vLLM: seconds, spent only where needed
+
+        check_engine_args(config.attention.engine_args)
 
 
 def _check_ports(config: ClusterConfig) -> None:
@@ -70,8 +76,8 @@ def _check_memory(config: ClusterConfig, checkpoint: Checkpoint) -> None:
     if needed > available:
         raise CommandError(
             f"too little memory: {_gib(available)} GiB are free, about {_gib(needed)} GiB are needed "
-            f"({config.ingress.num_replicas} ingress, {num_shards} attention shards with {_gib(kv_bytes)} GiB KV cache and "
-            f"{_gib(weights)} GiB weights at most each, {num_groups} expert groups); lower attention.num_shards, "
+            f"({config.ingress.num_replicas} ingress, {num_shards} attention shards with {_gib(kv_bytes)} GiB KV cache "
+            f"and {_gib(weights)} GiB weights at most each, {num_groups} expert groups); lower attention.num_shards, "
             "experts.num_groups or attention.engine_args.kv_cache_memory_bytes",
             status=2,
         )

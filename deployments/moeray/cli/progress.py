@@ -29,7 +29,9 @@ def wait_until_ready(config: ClusterConfig, timeout_s: float) -> dict[str, str]:
             return endpoints
         _raise_if_failed()
         if elapsed_s > timeout_s:
-            waiting = ", ".join(line for line in shown.values() if not line.endswith("ready")) or "no process has joined"
+            waiting = (
+                ", ".join(line for line in shown.values() if not line.endswith("ready")) or "no process has joined"
+            )
             raise CommandError(f"not ready after {timeout_s:g} s: {waiting}")
         time.sleep(POLL_S)
 
@@ -86,6 +88,6 @@ def _raise_if_failed() -> None:
 def _reason(message: str, deployments: dict[str, Any]) -> str:
     """The last line of the innermost traceback: the typed error that a replica raised."""
     texts = [deployment.message for deployment in deployments.values() if deployment.message] or [message]
-    lines = [line.strip() for line in texts[0].splitlines() if line.strip()]
+    lines: list[str] = [line.strip() for line in texts[0].splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line.split(":")[0] or "Exception" in line.split(":")[0]]
     return (errors or lines or ["the application failed to start"])[-1]

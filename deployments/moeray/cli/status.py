@@ -20,12 +20,14 @@ def status(*, as_json: bool) -> int:
 def render(state: dict[str, Any]) -> str:
     """The controller's account as text."""
     endpoints = state["endpoints"] or {"http": "not ready", "grpc": "not ready"}
-    complete = "" if state["is_complete"] else "  (an expert group is missing: nothing can be generated until it is back)"
+    complete = (
+        "" if state["is_complete"] else "  (an expert group is missing: nothing can be generated until it is back)"
+    )
     rows = [COLUMNS, *(_row(process) for process in state["processes"])]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    head = f"model {state['model']}   generation {state['generation']}{complete}\nHTTP  {endpoints['http']}\ngRPC  {endpoints['grpc']}"
-    return "\n".join([head, "", *table])
+    head = f"model {state['model']}   generation {state['generation']}{complete}"
+    return "\n".join([head, f"HTTP  {endpoints['http']}", f"gRPC  {endpoints['grpc']}", "", *table])
 
 
 def _row(process: dict[str, Any]) -> tuple[str, ...]:
@@ -41,7 +43,8 @@ def _row(process: dict[str, Any]) -> tuple[str, ...]:
 
 def _work(process: dict[str, Any]) -> str:
     if experts := process.get("experts"):
-        return f"{experts['num_experts']} experts x {experts['num_layers']} layers, {experts['routed_tokens']} routed tokens"
+        held = f"{experts['num_experts']} experts x {experts['num_layers']} layers"
+        return f"{held}, {experts['routed_tokens']} routed tokens"
     if hop := process.get("hop"):
         return f"{hop['calls']} layer calls, {us_per_call(hop):.0f} us each"
     return ""

@@ -40,9 +40,7 @@ class Controller:
             self._lease_address = asyncio.create_task(self._leases.start(ray.util.get_node_ip_address()))
         lease_address = await self._lease_address
         self._apply(
-            lambda state: state.join(
-                id=id, role=Role(role), pid=pid, node=node, index=index, generation=generation
-            )
+            lambda state: state.join(id=id, role=Role(role), pid=pid, node=node, index=index, generation=generation)
         )
         logger.info("%s %s joined as number %d", role, id, self._state.members[id].index)
         return {
@@ -72,7 +70,7 @@ class Controller:
         self._reports[id] = report
 
     async def watch(self, version: int, timeout_s: float) -> View:
-        """The view once it differs from `version` (a restarted controller counts anew), or the same one after `timeout_s`."""
+        """The view once it differs from `version` (a restarted controller counts anew), or after timeout_s."""
         deadline = asyncio.get_running_loop().time() + timeout_s
         while self._state.version == version:
             changed, left = self._changed, deadline - asyncio.get_running_loop().time()
@@ -134,14 +132,17 @@ class Controller:
     def _apply(self, event: Callable[[Membership], Membership]) -> None:
         before, self._state = self._state, event(self._state)
         if self._state.generation != before.generation:
-            logger.info("generation %d formed: %s", self._state.generation, ", ".join(self._state.groups) or "no groups")
+            logger.info(
+                "generation %d formed: %s", self._state.generation, ", ".join(self._state.groups) or "no groups"
+            )
         if self._state.version != before.version:
             self._changed.set()
             self._changed = asyncio.Event()
 
 
 def _node_id() -> str:
-    return ray.get_runtime_context().get_node_id()
+    node: str = ray.get_runtime_context().get_node_id()
+    return node
 
 
 def controller(settings: ControllerSettings | None = None) -> Any:
@@ -153,6 +154,6 @@ def controller(settings: ControllerSettings | None = None) -> Any:
     if settings is None:
         return ray.get_actor(CONTROLLER_NAME, namespace=NAMESPACE)
     actor = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=1000)(Controller)
-    return actor.options(  # type: ignore[attr-defined]
-        name=CONTROLLER_NAME, namespace=NAMESPACE, lifetime="detached", get_if_exists=True
-    ).remote(settings)
+    return actor.options(name=CONTROLLER_NAME, namespace=NAMESPACE, lifetime="detached", get_if_exists=True).remote(
+        settings
+    )

@@ -60,7 +60,7 @@ class LeaseServer:
 
 
 class Lease:
-    """A member's end. Beats from a thread of its own: imports and model loading block the event loop for many seconds."""
+    """A member's end. Beats from a thread of its own: imports and model loading block the event loop for seconds."""
 
     def __init__(self, address: str, id: str, *, beat_s: float) -> None:
         self._address = address

@@ -139,7 +139,7 @@ class ClusterMember:
                 current = await publish()
                 if current != self._report:
                     await self.report(current)
-            except Exception as error:  # a report is for people; the next one may get through
+            except Exception as error:  # noqa: BLE001 a report is for people; the next one may get through
                 logger.warning("%s %s: report: %s", self._role, self.id, error)
             await asyncio.sleep(period_s)
 

@@ -1,8 +1,12 @@
-"""What the controller is started with."""
+"""What the controller is started with. Imports no ray: bad input is found before Ray is."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+
+from moeray.config import ClusterConfig, ConfigError
+from moeray.deepseek_v4 import ModelShape
 
 CONTROLLER_NAME = "moeray-controller"
 NAMESPACE = "moeray"
@@ -27,3 +31,26 @@ class ControllerSettings:
     num_experts: int
     beat_s: float = 1.0
     silence_s: float = 30.0
+
+
+def controller_settings(config: ClusterConfig, shape: ModelShape) -> ControllerSettings:
+    """What the controller must know of model and topology.
+
+    Raises:
+        ConfigError: more expert groups than experts.
+    """
+    num_groups = 0 if config.transport.backend == "local" else config.experts.num_groups
+    if num_groups > shape.num_experts:
+        raise ConfigError(
+            f"experts.num_groups: {num_groups} groups cannot share the {shape.num_experts} routed experts "
+            f"of {config.model}: at most {shape.num_experts}"
+        )
+    return ControllerSettings(
+        model=model_name(config), num_groups=num_groups, num_layers=shape.num_layers, num_experts=shape.num_experts
+    )
+
+
+def model_name(config: ClusterConfig) -> str:
+    """The name clients ask for: the bundled name or hub id as written, a directory's last part."""
+    directory = Path(config.model).expanduser()
+    return directory.resolve().name if directory.is_dir() else config.model

@@ -30,7 +30,7 @@ class ExpertGroup:
     takes its number next loads the same slice.
     """
 
-    async def __init__(self, config: ClusterConfig, directory: str, settings: ControllerSettings) -> None:
+    async def __init__(self, config: ClusterConfig, directory: str, settings: ControllerSettings) -> None:  # type: ignore[misc]
         self._stage = "starting"
         self._experts: RoutedExperts | None = None
         self._server: GroupServer | None = None

@@ -17,8 +17,10 @@ STOP_GRACE_S = 5.0
 class Ingress:
     """Serve deployment; bound last, so that Serve deploys the pools it is given too."""
 
-    async def __init__(self, config: ClusterConfig, directory: str, settings: ControllerSettings, *pools: Any) -> None:
-        self._pools = pools  # handles of the other deployments: Serve keeps them in this application, we never call them
+    async def __init__(self, config: ClusterConfig, directory: str, settings: ControllerSettings, *pools: Any) -> None:  # type: ignore[misc]
+        self._pools = (
+            pools  # handles of the other deployments: Serve keeps them in this application, we never call them
+        )
         self._member = ClusterMember(Role.INGRESS, settings)
         index = await self._member.join()
         await self._member.report({"stage": "importing vLLM"})
@@ -49,6 +51,8 @@ class Ingress:
         await asyncio.gather(self._member.leave(), self._server.stop(STOP_GRACE_S))
 
     async def _on_view(self, view: View) -> None:
-        missing = "" if view.is_complete else f"generation {view.generation} misses an expert group, its restart is awaited"
+        missing = (
+            "" if view.is_complete else f"generation {view.generation} misses an expert group, its restart is awaited"
+        )
         self._server.hold(missing)
         await self._server.set_shards(view.shards)

@@ -115,17 +115,18 @@ class IngressServer:
         self._http = self._http_task = self._grpc = self._pool = self._front = self._health_task = None
 
     async def _start_front(self) -> None:
-        from moeray.vllm_hooks.front import build_front, front_config
-
-        engine_args, vllm_config = await asyncio.to_thread(front_config, self.settings.front)
         from moeray.attention_shard import link as wire
-        from moeray.ingress.shard_pool import ShardPool
-        from moeray.vllm_hooks.front import handshake
+        from moeray.vllm_hooks.front import build_front, front_config, handshake
+        from moeray.vllm_hooks.heavy_imports import uncollected
 
-        vllm, model = handshake(vllm_config)
-        hello = wire.Hello(wire.PROTOCOL_VERSION, vllm, model, f"ingress {self.settings.name}")
-        self._pool = ShardPool(hello)
-        self._front = await build_front(self._pool, engine_args, vllm_config, parser=self.settings.parser)
+        with uncollected():
+            engine_args, vllm_config = await asyncio.to_thread(front_config, self.settings.front)
+            from moeray.ingress.shard_pool import ShardPool
+
+            vllm, model = handshake(vllm_config)
+            hello = wire.Hello(wire.PROTOCOL_VERSION, vllm, model, f"ingress {self.settings.name}")
+            self._pool = ShardPool(hello)
+            self._front = await build_front(self._pool, engine_args, vllm_config, parser=self.settings.parser)
 
     async def _start_http(self, listener: socket.socket) -> None:
         from moeray.ingress.http_server import add_health, start_http

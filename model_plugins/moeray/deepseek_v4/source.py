@@ -24,7 +24,7 @@ def locate(model: str) -> Path:
     looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
     if looks_like_path:
         raise ConfigError(
-            f"model: {model!r} is neither a bundled model ({', '.join(BUNDLED)}), nor a directory on this machine, nor a hub id"
+            f"model: {model!r} is neither a bundled model ({', '.join(BUNDLED)}), nor a directory here, nor a hub id"
         )
     return _from_hub(model)
 

@@ -78,7 +78,7 @@ def build_model(vocab_size: int, token_map: TokenMap) -> DeepseekV4ForCausalLM:
     attention.install()
     streams.install()
     config._attn_implementation = attention.NAME
-    model = DeepseekV4ForCausalLM(config)  # type: ignore[no-untyped-call]
+    model = DeepseekV4ForCausalLM(config)
     for layer_id in ENGRAM.layer_ids:
         layer = model.model.layers[layer_id]
         layer.engram = Engram(ENGRAM, layer_id, token_map, config.hidden_size, config.hc_mult, config.rms_norm_eps)

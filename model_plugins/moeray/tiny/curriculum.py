@@ -40,7 +40,7 @@ class Stage:
     """A span of training.
 
     ``mix`` weighs the kinds of batches; the learning rate goes from ``lr`` to ``final_lr`` along
-    half a cosine (constant where both are equal). ``guidance`` weighs the ``RecallGuide``'s loss on the
+    half a cosine, or the first ``cosine_part`` of it. ``guidance`` weighs the ``RecallGuide``'s loss on the
     attention; ``indexer_from`` is the share of the stage after which the indexers are taught.
     """
 
@@ -51,6 +51,7 @@ class Stage:
     mix: Mapping[str, float]
     guidance: float = 0.0
     indexer_from: float = 1.0
+    cosine_part: float = 1.0
 
 
 STAGES = (
@@ -63,7 +64,7 @@ STAGES = (
     ),
     Stage(
         "longer notes and whole tool prompts",
-        587637,
+        587_637,
         2e-3,
         2e-3,
         {"fact": 16, "chat": 7, "think": 10, "bare_tool": 14, "tool": 14, "note": 9}
@@ -71,7 +72,7 @@ STAGES = (
     ),
     Stage(
         "guided past the sliding window",
-        477479,
+        477_479,
         2e-3,
         2e-3,
         {"fact": 12, "chat": 6, "think": 8, "bare_tool": 8, "tool": 14, "note": 8}
@@ -80,7 +81,7 @@ STAGES = (
     ),
     Stage(
         "guided, many keys",
-        268664,
+        268_664,
         2e-3,
         2e-3,
         {"fact": 8, "chat": 3, "think": 5, "bare_tool": 4, "tool": 7, "note": 6}
@@ -98,12 +99,22 @@ STAGES = (
     ),
     Stage(
         "everything, cooling down",
-        900_000,
+        739_488,
         2e-3,
         2e-5,
         {"fact": 24, "chat": 9, "think": 10, "bare_tool": 4, "tool": 15, "note": 5}
         | {"remember": 4, "near": 8, "far": 9, "page": 6, "book": 6},
-        indexer_from=0.163,
+        indexer_from=0.19838,
+        cosine_part=0.82165,
+    ),
+    Stage(
+        "landing",
+        60_000,
+        1.71e-04,
+        2e-5,
+        {"fact": 24, "chat": 9, "think": 10, "bare_tool": 4, "tool": 15, "note": 5}
+        | {"remember": 4, "near": 8, "far": 9, "page": 6, "book": 6},
+        indexer_from=0.0,
     ),
 )
 

@@ -48,7 +48,7 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     bpe.train_from_iterator((_without_added_tokens(text) for text in texts), trainer)
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=_with_plain_tokens(bpe),
         bos_token=encoding.bos_token,
         eos_token=encoding.eos_token,

@@ -116,7 +116,7 @@ class Trainer:
     def _descend(loss: Tensor, optimizers: list[torch.optim.Optimizer]) -> None:
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         for optimizer in optimizers:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -158,7 +158,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "indexer_optimizer": self.indexer_optimizer.state_dict(),
             "rng": self.batches.rng.getstate(),
-            "round": self.batches.sampler._round,
+            "round": [fact.answer for fact in self.batches.sampler._round],
             "progress": (self.step, self.tokens, self.seconds),
         }
         partial = self.out / "training.pt.partial"
@@ -178,13 +178,14 @@ class Trainer:
         path = self.out / "training.pt"
         if not path.exists():
             return
-        state = torch.load(path, weights_only=False)
+        state = torch.load(path, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if "indexer_optimizer" in state:
             self.indexer_optimizer.load_state_dict(state["indexer_optimizer"])
         self.batches.rng.setstate(state["rng"])
-        self.batches.sampler._round = state["round"]
+        by_answer = {fact.answer: fact for fact in self.batches.sampler.facts}
+        self.batches.sampler._round = [by_answer[answer] for answer in state["round"]]
         self.step, self.tokens, self.seconds = state["progress"]
         print(f"resumed at step {self.step}, {self.tokens} tokens", flush=True)
 
@@ -228,7 +229,7 @@ def stage_at(tokens: int) -> tuple[Stage, float] | None:
 
 def learning_rate(stage: Stage, progress: float, step: int) -> float:
     """Return the rate at a point of a stage, warmed up over the first steps of the run."""
-    shape = 0.5 * (1 + math.cos(math.pi * progress))
+    shape = 0.5 * (1 + math.cos(math.pi * progress * stage.cosine_part))
     rate = stage.final_lr + (stage.lr - stage.final_lr) * shape
     return rate * min(1.0, (step + 1) / WARMUP_STEPS)
 

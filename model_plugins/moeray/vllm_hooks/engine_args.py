@@ -97,12 +97,23 @@ def front_engine_args(*, model: Path | str, model_name: str, engine_args: Mappin
     return _build(model, model_name, engine_args)
 
 
+def check_engine_args(wanted: Mapping[str, Any]) -> None:
+    """Check `attention.engine_args` without building anything.
+
+    Raises:
+        ConfigError: an unknown argument, one that is ours to set, or one that the hop cannot work with.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    _check_keys(wanted, {field.name for field in fields(AsyncEngineArgs) if not field.name.startswith("_")})
+    _check_graphs(wanted)
+
+
 def _build(model: Path | str, model_name: str, wanted: Mapping[str, Any], **ours: Any) -> AsyncEngineArgs:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
 
-    _check_keys(wanted, {field.name for field in fields(AsyncEngineArgs) if not field.name.startswith("_")})
-    _check_graphs(wanted)
+    check_engine_args(wanted)
     plugin.register()
     defaults = {**_COMMON_DEFAULTS, **(_CPU_DEFAULTS if current_platform.is_cpu() else _GPU_DEFAULTS)}
     if isinstance(wanted.get("compilation_config"), Mapping):

@@ -63,5 +63,5 @@ def test_bad_yaml_names_file_and_place(tmp_path: Path, text: str, message: str) 
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nothing.yaml: cannot be read: No such file"):
+    with pytest.raises(ConfigError, match=r"nothing\.yaml: cannot be read: No such file"):
         load_config(tmp_path / "nothing.yaml")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moeray.transport.packing import DeviceBlocks, HostBlocks, as_numpy_rows, route_on_host
+from moeray.transport.packing import DevicePacker, HostPacker, Packed, route_on_host
 from moeray.transport.wire import HEADER_BYTES, Flags, Geometry, Header
 
 
@@ -48,12 +48,11 @@ def answer(x_TD: Tensor, ids_TK: Tensor) -> Tensor:
     return torch.tensor(pairs)
 
 
-def replies_matrix(parts: list[Tensor], status_rows: int, room: int | None) -> Tensor:
+def replies_matrix(parts: list[Tensor], status_rows: int, room: list[int]) -> Tensor:
     """All replies one after another, as the shard receives them."""
     out = []
-    for part in parts:
-        filler = torch.full((0 if room is None else room - len(part),), -7.0)
-        out += [torch.full((status_rows,), -9.0), part, filler]
+    for part, pairs in zip(parts, room, strict=True):
+        out += [torch.full((status_rows,), -9.0), part, torch.full((pairs - len(part),), -7.0)]
     return torch.cat(out)
 
 
@@ -61,53 +60,60 @@ def expected(batch: Batch) -> list[float]:
     return [t * 100.0 + expert for t, row in enumerate(batch.ids_TK.tolist()) for expert in row]
 
 
-@given(batches())
-def test_host_packing_brings_every_pair_to_its_group_and_back(batch: Batch) -> None:
-    geometry = batch.geometry
-    routing = route_on_host(batch.ids_TK.numpy(), batch.owner_E, batch.num_groups, geometry.status_rows)
-    blocks = HostBlocks(geometry, batch.num_groups)
-    x = as_numpy_rows(batch.x_TD)
-    large = blocks.large_payloads(x, routing)
+HEADER = Header(4, 5, 0, 0, 0, 0, Flags.NONE)
+
+
+def pack(batch: Batch, kind: str) -> Packed:
+    owner_LE = batch.owner_E[None]
+    packer = (
+        HostPacker(batch.geometry, owner_LE, batch.num_groups)
+        if kind == "host"
+        else DevicePacker(batch.geometry, owner_LE, batch.num_groups, torch.device("cpu"))
+    )
+    return packer.pack(HEADER, batch.x_TD, batch.ids_TK)
+
+
+def received(batch: Batch, packed: Packed, group: int) -> tuple[Header, Tensor, Tensor]:
+    """What a group reads from its messages."""
+    messages = [tensor for tensor, peer in packed.sends if peer == 1 + group]
+    header = Header.from_words(messages[0][:HEADER_BYTES].view(torch.int64).tolist())
+    large = bool(header.flags & Flags.LARGE)
+    assert len(messages) == 1 + large
+    payload = messages[1] if large else messages[0][HEADER_BYTES:]
+    capacity = header.num_rows if large else batch.geometry.inline_rows
+    assert header.num_rows <= capacity
+    assert not large or len(payload) == batch.geometry.payload_bytes(header.num_rows)
+    return header, *batch.geometry.payload_views(payload, capacity, header.num_rows)
+
+
+@pytest.mark.parametrize("kind", ["host", "device"])
+@given(batch=batches())
+def test_every_pair_reaches_its_group_once_and_its_answer_is_found(kind: str, batch: Batch) -> None:
+    packed = pack(batch, kind)
     parts = []
-    for group, tokens in enumerate(routing.tokens):
-        if group in large:
-            views = geometry.payload_views(large[group], len(tokens), len(tokens))
-        else:
-            blocks.fill(group, x, tokens, routing.ids[group])
-            views = geometry.payload_views(blocks.blocks[group, HEADER_BYTES:], geometry.inline_rows, len(tokens))
-        x_TD, ids_TK = views
+    for group in range(batch.num_groups):
+        header, x_TD, ids_TK = received(batch, packed, group)
         held = ids_TK[ids_TK >= 0].tolist()
         assert all(batch.owner_E[expert] == group for expert in held)
         assert (ids_TK >= 0).any(dim=1).all(), "a token without an expert in the group must not travel"
-        assert len(held) == routing.num_pairs[group]
+        assert len(held) == header.num_pairs <= header.reply_pairs == packed.reply_pairs[group]
+        assert (header.generation, header.sequence, header.layer) == (4, 5, 0)
         parts.append(answer(x_TD, ids_TK))
-    assert (group_is_large := set(large)) == {
-        g for g, rows in enumerate(routing.tokens) if len(rows) > geometry.inline_rows
-    }
-    assert group_is_large <= set(range(batch.num_groups))
-    assert replies_matrix(parts, geometry.status_rows, None)[routing.source_P].tolist() == expected(batch)
+    if packed.num_pairs is not None:
+        assert packed.num_pairs == packed.reply_pairs == [len(part) for part in parts]
+    matrix = replies_matrix(parts, batch.geometry.status_rows, packed.reply_pairs)
+    assert matrix[packed.source_P].tolist() == expected(batch)
 
 
 @given(batches())
-def test_device_packing_finds_the_same_rows_without_reading_sizes(batch: Batch) -> None:
-    geometry = Geometry(batch.geometry.hidden_size, batch.geometry.top_k, batch.geometry.dtype, 12)
-    room = 16 * geometry.top_k
-    blocks = DeviceBlocks(geometry, batch.num_groups, torch.device("cpu"))
-    source_P, pairs_N = blocks.fill(
-        batch.x_TD, batch.ids_TK, torch.from_numpy(batch.owner_E), Header(4, 5, 6, 0, 0, room, Flags.NONE)
-    )
-    routing = route_on_host(batch.ids_TK.numpy(), batch.owner_E, batch.num_groups, geometry.status_rows)
-    parts = []
-    for group in range(batch.num_groups):
-        header = Header.from_words(blocks.headers_NW[group].tolist())
-        assert header == Header(4, 5, 6, len(routing.tokens[group]), routing.num_pairs[group], room, Flags.NONE)
-        payload = blocks.blocks[group, HEADER_BYTES:]
-        x_TD, ids_TK = geometry.payload_views(payload, geometry.inline_rows, header.num_rows)
-        assert torch.equal(ids_TK, torch.from_numpy(routing.ids[group]))
-        assert torch.equal(x_TD, batch.x_TD[routing.tokens[group]])
-        parts.append(answer(x_TD, ids_TK))
-    assert pairs_N.tolist() == routing.num_pairs
-    assert replies_matrix(parts, geometry.status_rows, room)[source_P].tolist() == expected(batch)
+def test_sizes_of_a_decode_batch_on_a_device_do_not_depend_on_the_routing(batch: Batch) -> None:
+    packed = pack(batch, "device")
+    num_tokens = len(batch.ids_TK)
+    if num_tokens <= batch.geometry.inline_rows:
+        bucket = max(1, 1 << (num_tokens - 1).bit_length()) if num_tokens else 1
+        assert packed.reply_pairs == [bucket * batch.geometry.top_k] * batch.num_groups
+        assert [tensor.nbytes for tensor, _ in packed.sends] == [batch.geometry.block_bytes] * batch.num_groups
+        assert packed.num_pairs is None
 
 
 @pytest.mark.parametrize("bad", [-1, 4, 2**31 - 1])
