@@ -76,9 +76,9 @@ class ShardEngine:
 def start_engine(spec: ShardSpec, progress: Callable[[str], None]) -> ShardEngine:
     """Build the configuration, fork EngineCore and wait until the model is loaded. Blocks for seconds to minutes.
 
-    EngineCore is forked, not spawned: it shares this process' imported modules (with moeray-tiny on CPU: 10 s of CPU and
-    260 MB less per shard). That is safe because nothing
-    here has started gRPC, CUDA or an OpenMP region yet; vLLM itself falls back to spawn when CUDA is initialised.
+    EngineCore is forked, not spawned: it shares this process' imported modules (with moeray-tiny on CPU 10 s of CPU and
+    260 MB less per shard). That is safe because nothing here has started gRPC, CUDA or an OpenMP region yet; vLLM
+    itself falls back to spawn when CUDA is initialised.
 
     Raises:
         EngineLost: EngineCore ended during start, with its reason (bad checkpoint, not enough memory, ...).

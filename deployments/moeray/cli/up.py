@@ -43,7 +43,7 @@ def up(file: Path | None, *, detach: bool, timeout_s: float, supervise: bool = F
 
 
 @contextlib.contextmanager
-def running(config: ClusterConfig, timeout_s: float, *, keep: bool = False) -> Iterator[state_file.RunningCluster]:
+def running(config: ClusterConfig, timeout_s: float) -> Iterator[state_file.RunningCluster]:
     """A ready cluster while the block runs; on foreign Ray it stays when the block ends without an error."""
     address = os.environ.get("RAY_ADDRESS")
     if address:
@@ -60,8 +60,9 @@ def running(config: ClusterConfig, timeout_s: float, *, keep: bool = False) -> I
         yield cluster
     finally:
         if not address or not started:
-            _stop()
-        ray.shutdown()
+            remove_application()
+            state_file.remove()
+        ray.shutdown()  # the embedded Ray ends with it, and Serve with that
 
 
 def _start_embedded_ray() -> None:
@@ -105,16 +106,6 @@ def _deploy(config: ClusterConfig, timeout_s: float, *, is_embedded: bool) -> st
         http=endpoints["http"],
         grpc=endpoints["grpc"],
     )
-
-
-def _stop() -> None:
-    from ray import serve
-
-    remove_application()
-    if not os.environ.get("RAY_ADDRESS"):
-        with contextlib.suppress(Exception):
-            serve.shutdown()
-    state_file.remove()
 
 
 def _detached(file: Path | None, timeout_s: float) -> int:

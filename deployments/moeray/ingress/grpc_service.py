@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
 import msgspec
@@ -24,7 +24,6 @@ from moeray.vllm_hooks.engine_core import ShardUnavailable
 if TYPE_CHECKING:
     from moeray.vllm_hooks.openai_app import OpenAIApp
 
-M = TypeVar("M", bound=Message)
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 _DATA, _DONE = "data: ", "[DONE]"
@@ -57,14 +56,14 @@ class InferenceService(InferenceServicer):
 
     async def Complete(self, request: pb.CompletionRequest, context: Context) -> pb.CompletionResponse:
         answer = await self._ask(self._openai.completion.create_completion, CompletionRequest, request, False, context)
-        return _completion(pb.CompletionResponse(), answer.model_dump(exclude_none=True))
+        return fill(pb.CompletionResponse(), answer.model_dump(exclude_none=True))
 
     async def CompleteStream(
         self, request: pb.CompletionRequest, context: Context
     ) -> AsyncIterator[pb.CompletionChunk]:
         chunks = await self._ask(self._openai.completion.create_completion, CompletionRequest, request, True, context)
         async for data in _events(chunks, context):
-            yield _completion(pb.CompletionChunk(), data)
+            yield fill(pb.CompletionChunk(), data)
 
     async def _ask(
         self,
@@ -121,7 +120,3 @@ def _explain(error: ValidationError) -> dict[str, Any]:
 
     field = clean_loc_for_param(first["loc"])
     return {"message": f"{field}: {first['msg']}", "param": field, "code": 400}
-
-
-def _completion(message: M, data: Mapping[str, Any]) -> M:
-    return fill(message, data)

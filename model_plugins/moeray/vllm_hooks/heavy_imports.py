@@ -1,4 +1,4 @@
-"""Importing vLLM makes some millions of objects that live for ever; looking for garbage among them costs a fifth of it."""
+"""Importing vLLM makes millions of objects that live for ever; looking for garbage among them costs a fifth of it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from collections.abc import Iterator
 def uncollected() -> Iterator[None]:
     """No garbage collection inside; what was made there is never looked at again.
 
-    Measured on the ingress' start: 8.6 instead of 11.4 s of CPU. A process forked afterwards shares more memory, because
-    collections no longer write to the objects' headers.
+    Measured on the ingress' start: 8.6 instead of 11.4 s of CPU. A process forked afterwards shares more memory,
+    because collections no longer write to the objects' headers.
     """
     gc.disable()
     try:

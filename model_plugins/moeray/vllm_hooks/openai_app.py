@@ -7,7 +7,6 @@ same check of the request (`request_check`). Touch points: `build_app`, `init_ap
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -72,10 +71,9 @@ async def build_openai_app(front: FrontLLM, engine_args: AsyncEngineArgs, *, par
     app = build_app(arguments, TASKS, front.model_config)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in SERVED_PATHS]
     app.exception_handler(ShardUnavailable)(_unavailable)
-    app.exception_handler(json.JSONDecodeError)(_not_json)
-    arguments.model = (arguments.served_model_name or [arguments.model])[
-        0
-    ]  # /v1/models shows it as `root`: not our path
+    app.middleware_stack = None  # vLLM's bootstrap has built it already, without our handler
+    # /v1/models shows it as `root`: a path of ours is nobody's business.
+    arguments.model = (arguments.served_model_name or [arguments.model])[0]
     await init_app_state(front, app.state, arguments, TASKS)
     state = app.state
     for handler, method in (
@@ -119,11 +117,3 @@ async def _unavailable(_: Request, error: ShardUnavailable) -> Any:
     body = create_error_response(error)
     headers = {"Retry-After": str(error.retry_after_s)}
     return JSONResponse(body.model_dump(), status_code=body.error.code, headers=headers)
-
-
-async def _not_json(_: Request, error: json.JSONDecodeError) -> Any:
-    from fastapi.responses import JSONResponse
-    from vllm.entrypoints.serve import create_error_response
-
-    body = create_error_response(f"the body is not JSON: {error}")
-    return JSONResponse(body.model_dump(), status_code=body.error.code)
