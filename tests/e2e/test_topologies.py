@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,15 @@ def test_answers_and_logprobs_are_byte_equal_to_2x2(
     with cluster(config) as running:
         assert len(running.processes("expert_group")) == (0 if backend == "local" else groups)
         assert answers(running, golden) == reference
+        pids = pids_of(running)
+        assert all(psutil.pid_exists(pid) for pid in pids)
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=10)
+    assert not alive, "`moeray down` leaves no process behind"
+
+
+def pids_of(running: Cluster) -> list[int]:
+    keys = ("pid", "shard_pid", "engine_pid")
+    return [process[key] for process in running.status()["processes"] for key in keys if key in process]
 
 
 def test_shards_hold_no_routed_expert_and_groups_hold_every_one_exactly_once(shared_cluster: Cluster) -> None:
@@ -85,9 +96,10 @@ def shard_info(address: str) -> wire.ShardInfo:
 
 
 @contextlib.contextmanager
-def ray_nodes(folder: Path) -> Iterator[str]:
+def ray_nodes() -> Iterator[str]:
     """A head (attention, ingress) and a worker (experts) on this machine, by `ray start` twice; yields the address."""
     (port,) = free_ports(1)
+    folder = tempfile.mkdtemp(prefix="moeray-ray-", dir="/tmp")  # Ray's socket paths must stay below 108 characters
     env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
     ray = [str(Path(sys.executable).with_name("ray")), "start", "--disable-usage-stats", "--num-cpus=4",
            "--object-store-memory=100000000"]  # fmt: skip
@@ -100,11 +112,12 @@ def ray_nodes(folder: Path) -> Iterator[str]:
             subprocess.run([*ray, *node], env=env, check=True, capture_output=True, timeout=120)
         yield f"127.0.0.2:{port}"
     finally:
-        ours = [p for p in psutil.process_iter() if p.pid not in before and str(folder) in " ".join(_command(p))]
+        ours = [p for p in psutil.process_iter() if p.pid not in before and folder in " ".join(_command(p))]
         for process in ours:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         psutil.wait_procs(ours, timeout=20)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _command(process: psutil.Process) -> list[str]:
@@ -114,27 +127,10 @@ def _command(process: psutil.Process) -> list[str]:
         return []
 
 
-def test_two_ray_nodes_with_labels_split_shards_from_groups(
-    tmp_path: Path, reference: list[str], golden: list[dict[str, Any]]
-) -> None:
-    with (
-        ray_nodes(tmp_path / "ray") as address,
-        cluster(env={"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"}) as running,
-    ):
+def test_two_ray_nodes_with_labels_split_shards_from_groups(reference: list[str], golden: list[dict[str, Any]]) -> None:
+    with ray_nodes() as address, cluster(env={"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"}) as running:
         shards = {process["node"] for process in running.processes("attention_shard")}
         groups = {process["node"] for process in running.processes("expert_group")}
         assert len(shards) == len(groups) == 1
         assert shards != groups
         assert answers(running, golden) == reference
-
-
-def test_down_leaves_no_process_behind(golden: list[dict[str, Any]]) -> None:
-    with cluster({"attention": {"num_shards": 1}, "experts": {"num_groups": 1}}) as running:
-        state = running.status()
-        pids = [process["pid"] for process in state["processes"]]
-        pids += [
-            process[key] for process in state["processes"] for key in ("shard_pid", "engine_pid") if key in process
-        ]
-        assert all(psutil.pid_exists(pid) for pid in pids)
-    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=10)
-    assert not alive

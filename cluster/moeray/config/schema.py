@@ -30,12 +30,14 @@ class AttentionConfig:
 
     Attributes:
         engine_args: handed to vLLM's AsyncEngineArgs as they are.
+        num_threads: compute threads of each engine on CPU. Results are bit-equal only between equal thread counts.
         num_cpus, num_gpus: what each shard asks of its Ray node.
         label_selector: Ray node labels a shard's node must carry; without it, `pool=attention` where such nodes exist.
     """
 
     num_shards: Count = 2
     engine_args: dict[str, Any] = Field(default_factory=dict)
+    num_threads: Count = 1
     num_cpus: Share = 0.1
     num_gpus: Share = 0
     label_selector: Labels | None = None
@@ -47,11 +49,13 @@ class ExpertsConfig:
 
     Attributes:
         num_redundant: extra physical copies per layer.
+        num_threads: compute threads of each group on CPU, shared by the shards it serves.
         label_selector: as in AttentionConfig, `pool=experts`.
     """
 
     num_groups: Count = 2
     num_redundant: Annotated[int, Field(strict=True, ge=0, le=0)] = 0
+    num_threads: Count = 1
     num_cpus: Share = 0.1
     num_gpus: Share = 0
     label_selector: Labels | None = None

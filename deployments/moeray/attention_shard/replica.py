@@ -147,6 +147,7 @@ def _spec(config: ClusterConfig, directory: str, settings: ControllerSettings, i
     return ShardSpec(
         shard=shard.shard,
         host=host,
+        num_threads=config.attention.num_threads,
         cpus=None if on_gpu else cores_of(index, num_processes, sorted(os.sched_getaffinity(0))),
         engine={
             "model": directory,

@@ -106,8 +106,8 @@ class ExpertGroup:
 
 
 def _take_cores(config: ClusterConfig, group: int) -> None:
-    """One thread per core of this group's share; must run before torch is imported."""
+    """This group's share of the cores and its number of threads; must run before torch is imported."""
     num_shards = config.attention.num_shards
     cores = cores_of(num_shards + group, num_shards + config.experts.num_groups, sorted(os.sched_getaffinity(0)))
-    os.environ["OMP_NUM_THREADS"] = str(len(cores))
+    os.environ["OMP_NUM_THREADS"] = str(config.experts.num_threads)
     os.sched_setaffinity(0, cores)
