@@ -28,6 +28,7 @@ class View:
         version: grows with every event that changed the state; watchers ask for a newer one than they have.
         generation: 0 until the first one formed.
         is_complete: every expert group of the generation is alive.
+        missing: of an incomplete generation, each group that is not there and why.
         group_addresses: [N] in group order, of the current generation.
         shards: ready attention shards, id -> relay address.
     """
@@ -35,6 +36,7 @@ class View:
     version: int
     generation: int
     is_complete: bool
+    missing: tuple[str, ...]
     group_addresses: tuple[str, ...]
     shards: Mapping[str, str]
 
@@ -114,6 +116,7 @@ class Membership:
             version=self.version,
             generation=self.generation,
             is_complete=self.is_complete,
+            missing=self._missing(),
             group_addresses=tuple(self.members[id].address if id in self.members else "" for id in self.groups),
             shards={
                 member.id: member.address
@@ -121,6 +124,14 @@ class Membership:
                 if member.role is Role.ATTENTION_SHARD and member.state is MemberState.READY
             },
         )
+
+    def _missing(self) -> tuple[str, ...]:
+        missing = []
+        for index, id in enumerate(self.groups):
+            member = self.members.get(id)
+            if member is None or member.state is not MemberState.READY:
+                missing.append(f"expert group {index} ({member.reason or member.state if member else 'left'})")
+        return tuple(missing)
 
     def _alive(self, id: str) -> Member:
         member = self.members.get(id)

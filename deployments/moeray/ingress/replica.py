@@ -51,8 +51,11 @@ class Ingress:
         await asyncio.gather(self._member.leave(), self._server.stop(STOP_GRACE_S))
 
     async def _on_view(self, view: View) -> None:
-        missing = (
-            "" if view.is_complete else f"generation {view.generation} misses an expert group, its restart is awaited"
-        )
-        self._server.hold(missing)
+        self._server.hold("" if view.is_complete else _why_incomplete(view))
         await self._server.set_shards(view.shards)
+
+
+def _why_incomplete(view: View) -> str:
+    if not view.generation:
+        return "the expert groups are still starting"
+    return f"lost: {', '.join(view.missing)}; generation {view.generation} is incomplete until the group is back"

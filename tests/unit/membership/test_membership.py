@@ -33,6 +33,7 @@ def test_first_generation_forms_when_every_group_is_ready() -> None:
 def test_loss_keeps_the_generation_but_marks_it_incomplete_until_a_replacement_forms_the_next() -> None:
     state = with_groups(2).lose("g0", "killed")
     assert (state.generation, state.is_complete) == (1, False)
+    assert state.view().missing == ("expert group 0 (killed)",)
     state = state.join(id="new", role=Role.EXPERT_GROUP, pid=3, node="n")
     assert state.members["new"].index == 0, "the replacement takes the lost group's number"
     state = state.ready("new", "h:9")
