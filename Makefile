@@ -48,9 +48,9 @@ fast-test: setup
 bench: setup  ## What the split costs: decode throughput against experts inside the engine (BENCH_ARGS adds)
 	$(BIN)/python benchmarks/decode.py $(BENCH_ARGS)
 
-tiny-model: setup  ## Make, train and evaluate the bundled model from scratch (an hour on one core)
-	$(BIN)/python -m moeray.tiny.train
-	$(BIN)/python -m moeray.tiny.evaluate
+tiny-model: setup  ## Make, train and evaluate the bundled model from scratch in build/moeray-tiny (an hour on one core)
+	$(BIN)/python -m moeray.tiny.train --out build/moeray-tiny
+	$(BIN)/python -m moeray.tiny.evaluate --checkpoint build/moeray-tiny
 
 proto: setup  ## Generate moeray.v1 from its .proto file
 	$(BIN)/python -m moeray.ingress.generate

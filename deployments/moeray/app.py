@@ -14,8 +14,16 @@ from ray import serve
 from ray.serve import Application
 
 from moeray.attention_shard.replica import AttentionShard
-from moeray.config import POOL_LABEL, ClusterConfig, load_config, parse_config
-from moeray.controller.settings import ControllerSettings, controller_settings
+from moeray.config import (
+    POOL_LABEL,
+    AttentionConfig,
+    ClusterConfig,
+    ExpertsConfig,
+    IngressConfig,
+    load_config,
+    parse_config,
+)
+from moeray.controller.settings import controller_settings
 from moeray.deepseek_v4.checkpoint import Checkpoint
 from moeray.deepseek_v4.source import locate
 from moeray.expert_group.replica import ExpertGroup
@@ -35,11 +43,14 @@ def build(config: ClusterConfig | Mapping[str, Any] | str | None = None) -> Appl
     config = _checked(config)
     directory = locate(config.model)
     settings = controller_settings(config, Checkpoint.open(directory).shape)
-    if settings.num_groups == 0:
-        return _ingress(config, directory, settings, _shards(config, directory, settings))
-    return _ingress(
-        config, directory, settings, _shards(config, directory, settings), _groups(config, directory, settings)
-    )
+    # A directory is the same path on every node; a bundled model or a hub id is found by each node for itself.
+    model = str(directory) if Path(config.model).expanduser().is_dir() else config.model
+    arguments = (config, model, settings)
+    attention, experts, ingress = config.attention, config.experts, config.ingress
+    pools = [_pool(AttentionShard, "attention", attention.num_shards, attention).bind(*arguments)]
+    if settings.num_groups:
+        pools.append(_pool(ExpertGroup, "experts", experts.num_groups, experts).bind(*arguments))
+    return _pool(Ingress, "ingress", ingress.num_replicas, ingress).bind(*arguments, *pools)
 
 
 def _checked(config: ClusterConfig | Mapping[str, Any] | str | None) -> ClusterConfig:
@@ -50,45 +61,26 @@ def _checked(config: ClusterConfig | Mapping[str, Any] | str | None) -> ClusterC
     return parse_config(config)
 
 
-def _shards(config: ClusterConfig, directory: Path, settings: ControllerSettings) -> Application:
-    attention = config.attention
-    return serve.deployment(AttentionShard).options(
-        num_replicas=attention.num_shards,
-        max_ongoing_requests=1000,
-        health_check_period_s=1,
-        graceful_shutdown_timeout_s=10,
-        ray_actor_options=_resources(attention.num_cpus, attention.num_gpus, attention.label_selector, "attention"),
-    ).bind(config, str(directory), settings)  # fmt: skip
-
-
-def _groups(config: ClusterConfig, directory: Path, settings: ControllerSettings) -> Application:
-    experts = config.experts
-    return serve.deployment(ExpertGroup).options(
-        num_replicas=experts.num_groups,
-        max_ongoing_requests=1000,
-        health_check_period_s=1,
-        graceful_shutdown_timeout_s=10,
-        ray_actor_options=_resources(experts.num_cpus, experts.num_gpus, experts.label_selector, "experts"),
-    ).bind(config, str(directory), settings)  # fmt: skip
-
-
-def _ingress(config: ClusterConfig, directory: Path, settings: ControllerSettings, *pools: Application) -> Application:
-    ingress = config.ingress
-    return serve.deployment(Ingress).options(
-        num_replicas=ingress.num_replicas,
+def _pool(replica: type, pool: str, num_replicas: int, asks: AttentionConfig | ExpertsConfig | IngressConfig) -> Any:
+    """One Serve deployment; tokens never pass through it, so Serve's own queue and limits are of no matter."""
+    return serve.deployment(replica).options(
+        num_replicas=num_replicas,
         max_ongoing_requests=1000,
         health_check_period_s=1,
         graceful_shutdown_timeout_s=20,
-        ray_actor_options=_resources(ingress.num_cpus, 0, ingress.label_selector, "ingress"),
-    ).bind(config, str(directory), settings, *pools)  # fmt: skip
+        ray_actor_options={
+            "num_cpus": asks.num_cpus,
+            "num_gpus": getattr(asks, "num_gpus", 0),
+            "label_selector": _selector(asks.label_selector, pool),
+        },
+    )
 
 
-def _resources(num_cpus: float, num_gpus: float, selector: Mapping[str, str] | None, pool: str) -> dict[str, Any]:
-    options: dict[str, Any] = {"num_cpus": num_cpus}
-    if num_gpus:
-        options["num_gpus"] = num_gpus
-    if selector is None and any(node["Labels"].get(POOL_LABEL) == pool for node in ray.nodes() if node["Alive"]):
-        selector = {POOL_LABEL: pool}
-    if selector:
-        options["label_selector"] = dict(selector)
-    return options
+def _selector(wanted: Mapping[str, str] | None, pool: str) -> dict[str, str]:
+    """The labels that this pool's nodes must carry: as configured, or `pool=...` if any living node has it."""
+    if wanted is not None:
+        return dict(wanted)
+    there = {node["Labels"].get(POOL_LABEL) for node in ray.nodes() if node["Alive"]}
+    if pool == "ingress" and pool not in there:
+        pool = "attention"  # next to the shards, where no node is set apart for it
+    return {POOL_LABEL: pool} if pool in there else {}

@@ -32,7 +32,7 @@ ASK = {"model": "moeray-tiny", "messages": [{"role": "user", "content": "What is
         ({"temperature": "warm"}, 400, "temperature"),
         ({"temperature": -1}, 400, "temperature"),
         ({"messages": [{"role": "user", "content": "word " * 9000}]}, 400, "4096"),
-        ({"n": 0}, 400, "n"),
+        ({"n": 0}, 400, "n must be"),
     ],
 )
 def test_a_bad_request_names_the_field(

@@ -48,12 +48,13 @@ class ExpertsConfig:
     """The expert groups: each owns a slice of every layer's routed experts.
 
     Attributes:
+        num_groups: 0 leaves the experts in the shards: not split.
         num_redundant: extra physical copies per layer.
         num_threads: compute threads of each group on CPU, shared by the shards it serves.
         label_selector: as in AttentionConfig, `pool=experts`.
     """
 
-    num_groups: Count = 2
+    num_groups: CountOrZero = 2
     num_redundant: Annotated[int, Field(strict=True, ge=0, le=0)] = 0
     num_threads: Count = 1
     num_cpus: Share = 0.1
@@ -99,3 +100,13 @@ class ClusterConfig:
     experts: ExpertsConfig = Field(default_factory=ExpertsConfig)
     transport: TransportConfig = Field(default_factory=TransportConfig)
     ingress: IngressConfig = Field(default_factory=IngressConfig)
+
+    @property
+    def backend(self) -> str:
+        """The transport in use: experts that stay in the shards need none."""
+        return self.transport.backend if self.experts.num_groups else "local"
+
+    @property
+    def num_remote_groups(self) -> int:
+        """Expert groups that run as processes of their own."""
+        return 0 if self.backend == "local" else self.experts.num_groups

@@ -25,7 +25,8 @@ class View:
     """What shards and ingresses need to know, at one version of the state.
 
     Attributes:
-        version: grows with every event that changed the state; watchers ask for a newer one than they have.
+        epoch: which life of the controller this is of; versions of different epochs do not compare.
+        version: grows with every event that changed the state.
         generation: 0 until the first one formed.
         is_complete: every expert group of the generation is alive.
         missing: of an incomplete generation, each group that is not there and why.
@@ -33,6 +34,7 @@ class View:
         shards: ready attention shards, id -> relay address.
     """
 
+    epoch: int
     version: int
     generation: int
     is_complete: bool
@@ -46,14 +48,15 @@ class Membership:
     """The whole state. `num_groups` 0 means that experts are not remote: generation 1 forms at once."""
 
     num_groups: int
+    epoch: int = 0
     version: int = 0
     generation: int = 0
     groups: tuple[str, ...] = ()
     members: Mapping[str, Member] = field(default_factory=lambda: MappingProxyType({}))
 
     @classmethod
-    def start(cls, num_groups: int) -> Membership:
-        return cls(num_groups=num_groups, generation=0 if num_groups else 1)
+    def start(cls, num_groups: int, *, epoch: int = 0) -> Membership:
+        return cls(num_groups=num_groups, epoch=epoch, generation=0 if num_groups else 1)
 
     def join(
         self, *, id: str, role: Role, pid: int, node: str, index: int | None = None, generation: int = 0
@@ -113,6 +116,7 @@ class Membership:
 
     def view(self) -> View:
         return View(
+            epoch=self.epoch,
             version=self.version,
             generation=self.generation,
             is_complete=self.is_complete,

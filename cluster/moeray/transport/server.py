@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from time import monotonic
+from time import monotonic, sleep
 
 import torch
 
@@ -134,6 +134,7 @@ class GroupServer:
             except OSError:
                 if self._listener is None:
                     return
+                sleep(0.05)
                 continue  # the peer gave up before it was accepted, or descriptors are short for a moment
             shard = ConnectedShard(connection, f"{address[0]}:{address[1]}")
             with self._lock:
@@ -152,7 +153,7 @@ class GroupServer:
             logger.info("%s: %s went away: %s", self._hello.sender, shard.name, reason)
         except HandshakeRefused as error:
             logger.warning("%s refused %s: %s", self._hello.sender, shard.address, error)
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
             logger.warning("%s dropped %s %s: %s", self._hello.sender, shard.name, shard.address, error)
         finally:
             with self._lock:

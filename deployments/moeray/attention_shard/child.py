@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from moeray.attention_shard.spec import Event, ShardSpec, decode_event, encode_spec
 
-STOP_GRACE_S = 3.0
+STOP_GRACE_S = 12.0
 
 
 class ShardStartFailed(RuntimeError):

@@ -20,6 +20,7 @@ from moeray.attention_shard.spec import ShardSpec
 from moeray.config import ClusterConfig
 from moeray.controller.member import ClusterMember
 from moeray.controller.settings import ControllerSettings
+from moeray.deepseek_v4.source import locate
 from moeray.membership import Role, View
 from moeray.placement.cores import cores_of
 from moeray.vllm_hooks.settings import ShardSettings
@@ -33,7 +34,7 @@ CONNECT_TIMEOUT_S = 60.0
 class AttentionShard:
     """Serve deployment. Its constructor returns when the model is loaded; it is ready when the groups are connected."""
 
-    async def __init__(self, config: ClusterConfig, directory: str, settings: ControllerSettings) -> None:  # type: ignore[misc]
+    async def __init__(self, config: ClusterConfig, model: str, settings: ControllerSettings) -> None:  # type: ignore[misc]
         self._child: ShardProcess | None = None
         self._lost = ""
         self._stage = "starting"
@@ -43,7 +44,7 @@ class AttentionShard:
         self._member = ClusterMember(Role.ATTENTION_SHARD, settings)
         index = await self._member.join()
         self._member.every(REPORT_S, self._report)
-        self._child = await ShardProcess.start(_spec(config, directory, settings, index), self._set_stage)
+        self._child = await ShardProcess.start(_spec(config, str(locate(model)), settings, index), self._set_stage)
         self._channel = grpc.aio.insecure_channel(self._child.address, options=wire.CHANNEL_OPTIONS)
         self._weights = _summary((await self._info(tensors=True)).tensors or {})
         self._reaper = asyncio.create_task(self._reap(self._child))
@@ -68,7 +69,10 @@ class AttentionShard:
 
     async def _reap(self, child: ShardProcess) -> None:
         """The replica must not outlive its process."""
-        self._lost = await child.ended()
+        try:
+            self._lost = await child.ended()
+        except Exception as error:  # noqa: BLE001 without its events it is as good as gone
+            self._lost = f"the shard process' events cannot be read: {error}"
         logger.error("%s", self._lost)
         await self._member.lost(self._lost)
 
@@ -85,7 +89,7 @@ class AttentionShard:
             await self._connect(view)
         if not self._is_ready and view.generation == self._generation:
             await self._member.ready(self._child.address)
-            self._is_ready = True
+            self._is_ready, self._stage = True, "serving"
 
     async def _connect(self, view: View) -> None:
         """Give the engine the groups of a generation.
@@ -139,7 +143,7 @@ def _spec(config: ClusterConfig, directory: str, settings: ControllerSettings, i
     host = ray.util.get_node_ip_address()
     shard = ShardSettings(
         shard=f"shard-{index}",
-        backend=config.transport.backend,
+        backend=config.backend,
         checkpoint=Path(directory),
         timeout_s=config.transport.timeout_s,
         host=host,

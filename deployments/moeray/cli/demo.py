@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +27,13 @@ REPORT_WAIT_S = 1.5  # processes publish their counters twice a second
 
 def demo(file: Path | None) -> int:
     config = _with_free_ports(load_config(file))
+    os.environ.pop("RAY_ADDRESS", None)  # a demo brings its own Ray and touches no cluster that is there
+    with tempfile.TemporaryDirectory(prefix="moeray-demo-") as folder:
+        os.environ["MOERAY_STATE_DIR"] = folder
+        return _demo(config, file)
+
+
+def _demo(config: ClusterConfig, file: Path | None) -> int:
     preflight(config)
     print("starting 1 ingress, 2 attention shards, 2 expert groups on embedded Ray (loopback only; no TLS, no API keys)"
           if file is None else f"starting the cluster of {file}", flush=True)  # fmt: skip

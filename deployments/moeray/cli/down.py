@@ -8,7 +8,7 @@ import signal
 import time
 
 from moeray.cli import state_file
-from moeray.cli.connection import NOT_RUNNING, ray_connection
+from moeray.cli.connection import NOT_RUNNING, cluster_state, ray_connection
 from moeray.cli.errors import CommandError
 
 SUPERVISOR_STOP_S = 45.0
@@ -16,12 +16,11 @@ SUPERVISOR_STOP_S = 45.0
 
 def down() -> int:
     """Embedded: end the supervisor and with it Ray. On foreign Ray: delete our application and controller."""
-    cluster = state_file.read()
-    if os.environ.get("RAY_ADDRESS") or (cluster is not None and not cluster.is_embedded):
+    if os.environ.get("RAY_ADDRESS"):
         with ray_connection():
+            cluster_state()
             remove_application()
-        state_file.remove()
-    elif cluster is None:
+    elif (cluster := state_file.read()) is None:
         raise CommandError(NOT_RUNNING)
     else:
         _stop_supervisor(cluster)

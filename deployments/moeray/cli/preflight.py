@@ -28,6 +28,8 @@ def preflight(config: ClusterConfig) -> None:
         checkpoint = Checkpoint.open(locate(config.model))
     except CheckpointError as error:
         raise ConfigError(f"model: {error}") from error
+    if not (file := Path(checkpoint.path) / "tokenizer.json").is_file():
+        raise ConfigError(f"model: {file} is missing; copy it from the model's source")
     controller_settings(config, checkpoint.shape)
     _check_engine_args(config)
     if os.environ.get("RAY_ADDRESS"):
@@ -45,6 +47,11 @@ def _check_engine_args(config: ClusterConfig) -> None:
 
 def _check_ports(config: ClusterConfig) -> None:
     ingress = config.ingress
+    if ingress.num_replicas > 1:
+        raise ConfigError(
+            f"ingress.num_replicas: {ingress.num_replicas} ingresses on one machine would want the same ports; "
+            "use 1 here, or a Ray cluster with a node for each"
+        )
     if ingress.http_port == ingress.grpc_port:
         raise ConfigError(f"ingress.grpc_port: {ingress.grpc_port} is ingress.http_port too; choose two ports")
     for key, port in (("http_port", ingress.http_port), ("grpc_port", ingress.grpc_port)):
@@ -62,8 +69,10 @@ def _check_ports(config: ClusterConfig) -> None:
 
 def _check_memory(config: ClusterConfig, checkpoint: Checkpoint) -> None:
     num_shards = config.attention.num_shards
-    num_groups = 0 if config.transport.backend == "local" else config.experts.num_groups
-    kv_bytes = int(config.attention.engine_args.get("kv_cache_memory_bytes") or 2**28)
+    num_groups = config.num_remote_groups
+    kv_bytes = config.attention.engine_args.get("kv_cache_memory_bytes") or 2**28
+    if not isinstance(kv_bytes, int):
+        raise ConfigError(f"attention.engine_args.kv_cache_memory_bytes: must be a number of bytes (got {kv_bytes!r})")
     weights = sum(path.stat().st_size for path in Path(checkpoint.path).glob("*.safetensors"))
     needed = (
         RAY_BYTES

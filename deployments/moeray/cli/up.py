@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from moeray.cli import environment, state_file
 from moeray.cli.connection import connect
@@ -33,6 +34,7 @@ def up(file: Path | None, *, detach: bool, timeout_s: float, supervise: bool = F
         preflight(config)
     if detach and not os.environ.get("RAY_ADDRESS"):
         return _detached(file, timeout_s)
+    signal.signal(signal.SIGTERM, _interrupt)
     with running(config, timeout_s) as cluster:
         _print_endpoints(cluster)
         if detach:
@@ -48,6 +50,7 @@ def running(config: ClusterConfig, timeout_s: float) -> Iterator[state_file.Runn
     address = os.environ.get("RAY_ADDRESS")
     if address:
         connect(address)
+        _refuse_deployed(address)
     else:
         _start_embedded_ray()
     import ray
@@ -55,13 +58,15 @@ def running(config: ClusterConfig, timeout_s: float) -> Iterator[state_file.Runn
     started = False
     try:
         cluster = _deploy(config, timeout_s, is_embedded=not address)
-        state_file.write(cluster)
+        if not address:
+            state_file.write(cluster)
         started = True
         yield cluster
     finally:
+        if not address:
+            state_file.remove()
         if not address or not started:
             remove_application()
-            state_file.remove()
         ray.shutdown()  # the embedded Ray ends with it, and Serve with that
 
 
@@ -118,22 +123,52 @@ def _detached(file: Path | None, timeout_s: float) -> int:
         supervisor = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
         )
-        while (cluster := state_file.read()) is None:
-            sys.stdout.write(source.read())
-            sys.stdout.flush()
-            if supervisor.poll() is not None:
-                sys.stdout.write(source.read())
-                raise CommandError(f"the cluster did not start; the whole log: {log}")
-            time.sleep(0.1)
-        sys.stdout.write(source.read())
+        try:
+            cluster = _follow(supervisor, source)
+        except BaseException:
+            supervisor.terminate()  # Ctrl-C here must not leave a cluster starting in the background
+            raise
     _print_endpoints(cluster)
     print("detached; `moeray down` stops it", flush=True)
     return 0
 
 
+def _interrupt(*_: object) -> None:
+    """A SIGTERM during the start cleans up as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def _follow(supervisor: subprocess.Popen[bytes], log: TextIO) -> state_file.RunningCluster:
+    """Show what the supervisor prints until its cluster is ready.
+
+    Raises:
+        CommandError: it ended first.
+    """
+    while True:
+        running = state_file.read()
+        sys.stdout.write(log.read())
+        sys.stdout.flush()
+        if running is not None and running.supervisor_pid == supervisor.pid:
+            return running
+        if supervisor.poll() is not None:
+            sys.stdout.write(log.read())
+            raise CommandError(f"the cluster did not start; the whole log: {state_file.log_path()}")
+        time.sleep(0.1)
+
+
+def _refuse_deployed(address: str) -> None:
+    from moeray.controller.actor import controller
+
+    try:
+        controller()
+    except ValueError:
+        return
+    raise CommandError(f"a cluster is deployed on the Ray at {address} already; `moeray down` removes it", status=2)
+
+
 def _refuse_second() -> None:
     cluster = None if os.environ.get("RAY_ADDRESS") else state_file.read()
-    if cluster is not None and cluster.is_embedded:
+    if cluster is not None:
         raise CommandError(ALREADY_RUNNING.format(pid=cluster.supervisor_pid, http=cluster.http), status=2)
 
 

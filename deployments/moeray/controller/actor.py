@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ class Controller:
 
     def __init__(self, settings: ControllerSettings) -> None:
         self._settings = settings
-        self._state = Membership.start(settings.num_groups)
+        self._state = Membership.start(settings.num_groups, epoch=secrets.randbits(62) + 1)
         self._changed = asyncio.Event()
         self._reports: dict[str, dict[str, Any]] = {}
         self._leases = LeaseServer(self._lost, silence_s=settings.silence_s)
@@ -43,7 +44,10 @@ class Controller:
             lambda state: state.join(id=id, role=Role(role), pid=pid, node=node, index=index, generation=generation)
         )
         logger.info("%s %s joined as number %d", role, id, self._state.members[id].index)
+        token = secrets.token_hex(16)
+        self._leases.expect(token, id)
         return {
+            "lease_token": token,
             "index": self._state.members[id].index,
             "lease_address": lease_address,
             "beat_s": self._settings.beat_s,
@@ -69,10 +73,10 @@ class Controller:
         """Facts a member publishes about itself (load per expert, endpoints, engine pid); replaces its last report."""
         self._reports[id] = report
 
-    async def watch(self, version: int, timeout_s: float) -> View:
-        """The view once it differs from `version` (a restarted controller counts anew), or after timeout_s."""
+    async def watch(self, epoch: int, version: int, timeout_s: float) -> View:
+        """The view once it is not that of `epoch` and `version`, or after timeout_s."""
         deadline = asyncio.get_running_loop().time() + timeout_s
-        while self._state.version == version:
+        while (self._state.epoch, self._state.version) == (epoch, version):
             changed, left = self._changed, deadline - asyncio.get_running_loop().time()
             if left <= 0:
                 break
@@ -136,6 +140,7 @@ class Controller:
                 "generation %d formed: %s", self._state.generation, ", ".join(self._state.groups) or "no groups"
             )
         if self._state.version != before.version:
+            self._reports = {id: report for id, report in self._reports.items() if id in self._state.members}
             self._changed.set()
             self._changed = asyncio.Event()
 

@@ -1,7 +1,7 @@
 """A lease is an open TCP connection to the controller: end-of-file or silence ends the membership.
 
 Ray says nothing to an actor when another one dies; a closed socket does, within milliseconds, for every way a process
-can end. The wire is one line with the member's id, then one newline per beat.
+can end. The wire is one line with the token that `join` gave the member, then one newline per beat.
 """
 
 from __future__ import annotations
@@ -27,12 +27,22 @@ class LeaseServer:
         self._silence_s = silence_s
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
+        self._expected: dict[str, str] = {}
 
     async def start(self, host: str) -> str:
         """Listen on an ephemeral port of `host`; returns host:port."""
         self._server = await asyncio.start_server(self._hold, host, 0, limit=MAX_ID_BYTES)
         port = self._server.sockets[0].getsockname()[1]
         return f"{host}:{port}"
+
+    def expect(self, token: str, id: str) -> None:
+        """A member was given `token`; if it does not come within the silence, it is lost."""
+        self._expected[token] = id
+        asyncio.get_running_loop().call_later(self._silence_s, self._never_came, token)
+
+    def _never_came(self, token: str) -> None:
+        if (id := self._expected.pop(token, None)) is not None:
+            self._on_lost(id, f"did not open its lease within {self._silence_s:g} s")
 
     async def close(self) -> None:
         """Stop listening and end every lease; their holders notice."""
@@ -45,8 +55,9 @@ class LeaseServer:
         id, reason = "", "connection closed"
         self._writers.add(writer)
         try:
-            id = (await asyncio.wait_for(reader.readline(), self._silence_s)).decode(errors="replace").strip()
-            while await asyncio.wait_for(reader.read(MAX_ID_BYTES), self._silence_s):
+            token = (await asyncio.wait_for(reader.readline(), self._silence_s)).decode(errors="replace").strip()
+            id = self._expected.pop(token, "")
+            while id and await self._beats(reader):
                 pass
         except TimeoutError:
             reason = f"silent for {self._silence_s:g} s"
@@ -58,13 +69,18 @@ class LeaseServer:
         if id:
             self._on_lost(id, reason)
 
+    async def _beats(self, reader: asyncio.StreamReader) -> bool:
+        """Whether the connection still lives: waits for the next beat."""
+        data: bytes = await asyncio.wait_for(reader.read(MAX_ID_BYTES), self._silence_s)
+        return bool(data)
+
 
 class Lease:
     """A member's end. Beats from a thread of its own: imports and model loading block the event loop for seconds."""
 
-    def __init__(self, address: str, id: str, *, beat_s: float) -> None:
+    def __init__(self, address: str, token: str, *, beat_s: float) -> None:
         self._address = address
-        self._id = id
+        self._token = token
         self._beat_s = beat_s
         self._connection: socket.socket | None = None
         self._loop = asyncio.get_running_loop()
@@ -78,7 +94,7 @@ class Lease:
         """
         host, port = self._address.rsplit(":", 1)
         self._connection = await asyncio.to_thread(socket.create_connection, (host, int(port)), CONNECT_S)
-        self._connection.sendall(f"{self._id}\n".encode())
+        self._connection.sendall(f"{self._token}\n".encode())
         threading.Thread(target=self._beat, args=(self._connection,), name="lease", daemon=True).start()
 
     def close(self) -> None:
@@ -98,7 +114,7 @@ class Lease:
                 except TimeoutError:
                     continue
         except OSError as error:
-            logger.warning("lease of %s: %s", self._id, error)
+            logger.warning("lease: %s", error)
         finally:
             connection.close()
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to be told

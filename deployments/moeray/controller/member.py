@@ -102,7 +102,7 @@ class ClusterMember:
                     raise
                 logger.warning("%s %s: %s; trying again", self._role, self.id, error)
                 await asyncio.sleep(RETRY_S)
-        self._lease = Lease(given["lease_address"], self.id, beat_s=given["beat_s"])
+        self._lease = Lease(given["lease_address"], given["lease_token"], beat_s=given["beat_s"])
         await self._lease.start()
         self.index = int(given["index"])
         return self.index
@@ -122,13 +122,16 @@ class ClusterMember:
                 await asyncio.sleep(RETRY_S)
 
     async def _follow(self, on_view: Callable[[View], Awaitable[None]]) -> None:
-        version = -1
+        seen = (0, -1)  # which life of the controller, and its version
+        generation = 0
         while True:
             try:
-                view: View = await self._controller.watch.remote(version, WATCH_S)
-                if view.version != version:
+                view: View = await self._controller.watch.remote(*seen, WATCH_S)
+                # A restarted controller knows nobody until the members have come back; what it knew before still holds.
+                if (view.epoch, view.version) != seen and view.generation >= generation:
                     await on_view(view)
-                    version = view.version
+                    generation = view.generation
+                seen = (view.epoch, view.version)
             except Exception:  # whatever it was (the controller restarts, a peer is away), a later view may be better
                 logger.exception("%s %s: could not act on the cluster's new state", self._role, self.id)
                 await asyncio.sleep(RETRY_S)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moeray.config import ClusterConfig, ConfigError
-from moeray.deepseek_v4 import ModelShape
+
+if TYPE_CHECKING:
+    from moeray.deepseek_v4.shape import ModelShape
 
 CONTROLLER_NAME = "moeray-controller"
 NAMESPACE = "moeray"
@@ -39,7 +42,7 @@ def controller_settings(config: ClusterConfig, shape: ModelShape) -> ControllerS
     Raises:
         ConfigError: more expert groups than experts.
     """
-    num_groups = 0 if config.transport.backend == "local" else config.experts.num_groups
+    num_groups = config.num_remote_groups
     if num_groups > shape.num_experts:
         raise ConfigError(
             f"experts.num_groups: {num_groups} groups cannot share the {shape.num_experts} routed experts "

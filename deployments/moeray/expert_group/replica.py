@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -30,7 +29,7 @@ class ExpertGroup:
     takes its number next loads the same slice.
     """
 
-    async def __init__(self, config: ClusterConfig, directory: str, settings: ControllerSettings) -> None:  # type: ignore[misc]
+    async def __init__(self, config: ClusterConfig, model: str, settings: ControllerSettings) -> None:  # type: ignore[misc]
         self._stage = "starting"
         self._experts: RoutedExperts | None = None
         self._server: GroupServer | None = None
@@ -38,7 +37,7 @@ class ExpertGroup:
         self._member = ClusterMember(Role.EXPERT_GROUP, settings)
         self._group = await self._member.join()
         self._member.every(REPORT_S, self._report)
-        await asyncio.to_thread(self._load, config, directory, settings)
+        await asyncio.to_thread(self._load, config, model, settings)
         await self._member.ready(self._address)
         self._member.follow(self._on_view)
 
@@ -50,7 +49,7 @@ class ExpertGroup:
         if self._server is not None:
             await asyncio.to_thread(self._server.stop)
 
-    def _load(self, config: ClusterConfig, directory: str, settings: ControllerSettings) -> None:
+    def _load(self, config: ClusterConfig, model: str, settings: ControllerSettings) -> None:
         """Read this group's experts and listen. Blocks; the imports alone take seconds."""
         on_gpu = config.experts.num_gpus > 0
         if not on_gpu:
@@ -58,10 +57,11 @@ class ExpertGroup:
         import torch
 
         from moeray.deepseek_v4 import Checkpoint, RoutedExperts
+        from moeray.deepseek_v4.source import locate
         from moeray.transport import GroupServer, ModelIdentity
 
-        torch.set_grad_enabled(False)
-        checkpoint = Checkpoint.open(Path(directory))
+        torch.set_num_threads(config.experts.num_threads)
+        checkpoint = Checkpoint.open(locate(model))
         shape = checkpoint.shape
         placement = contiguous(
             generation=0, num_layers=shape.num_layers, num_experts=shape.num_experts, num_groups=settings.num_groups
@@ -106,8 +106,7 @@ class ExpertGroup:
 
 
 def _take_cores(config: ClusterConfig, group: int) -> None:
-    """This group's share of the cores and its number of threads; must run before torch is imported."""
+    """This group's share of the cores, for this thread and those it starts."""
     num_shards = config.attention.num_shards
     cores = cores_of(num_shards + group, num_shards + config.experts.num_groups, sorted(os.sched_getaffinity(0)))
-    os.environ["OMP_NUM_THREADS"] = str(config.experts.num_threads)
     os.sched_setaffinity(0, cores)

@@ -8,6 +8,7 @@ from typing import Any
 from moeray.config import ClusterConfig
 from moeray.controller.member import ClusterMember
 from moeray.controller.settings import ControllerSettings
+from moeray.deepseek_v4.source import locate
 from moeray.ingress.server import IngressServer, IngressSettings
 from moeray.membership import Role, View
 
@@ -17,13 +18,12 @@ STOP_GRACE_S = 5.0
 class Ingress:
     """Serve deployment; bound last, so that Serve deploys the pools it is given too."""
 
-    async def __init__(self, config: ClusterConfig, directory: str, settings: ControllerSettings, *pools: Any) -> None:  # type: ignore[misc]
-        self._pools = (
-            pools  # handles of the other deployments: Serve keeps them in this application, we never call them
-        )
+    async def __init__(self, config: ClusterConfig, model: str, settings: ControllerSettings, *pools: Any) -> None:  # type: ignore[misc]
+        self._pools = pools  # never called: a handle of each pool is what makes Serve deploy it with this application
         self._member = ClusterMember(Role.INGRESS, settings)
         index = await self._member.join()
         await self._member.report({"stage": "importing vLLM"})
+        directory = str(locate(model))
         ingress = config.ingress
         self._server = IngressServer(
             IngressSettings(

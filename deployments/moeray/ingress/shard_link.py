@@ -101,9 +101,12 @@ class ShardLink:
         except msgspec.MsgspecError as error:
             ended = f"a frame could not be read: {error}"
         except asyncio.CancelledError:
-            if not self._cut:  # cancelled by `close`, not by `send`
+            if not self._cut or self.state is LinkState.CLOSED:  # cancelled by `close`, not by `send`
                 raise
             ended = self._cut
+        except Exception as error:
+            logger.exception("link to attention shard %s", self.shard)
+            ended = f"{type(error).__name__}: {error}"
         finally:
             call.cancel()
             if writer is not None:

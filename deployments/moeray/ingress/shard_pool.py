@@ -40,6 +40,9 @@ class ShardPool:
         self._held = ""
         self._links: dict[str, ShardLink] = {}
         self._load: Counter[str] = Counter()
+        self._served: Counter[str] = Counter()
+        self._leaving: set[str] = set()
+        self._retiring: asyncio.Task[None] | None = None  # kept, or the loop may drop it
         self._events: asyncio.Queue[EngineCoreOutputs | RequestFailed] = asyncio.Queue()
         self._encoder = MsgpackEncoder()
         self._decoder = MsgpackDecoder(EngineCoreOutputs)
@@ -51,7 +54,9 @@ class ShardPool:
 
     @property
     def ready_shards(self) -> list[str]:
-        return [shard for shard, link in self._links.items() if link.state is LinkState.READY]
+        return [
+            shard for shard, link in self._links.items() if link.state is LinkState.READY and shard not in self._leaving
+        ]
 
     def describe(self) -> dict[str, dict[str, object]]:
         """Per shard: address, state, why it is not ready, requests of this ingress."""
@@ -61,22 +66,33 @@ class ShardPool:
         }
 
     def hold(self, reason: str) -> None:
-        """Refuse new requests with this reason until it is empty again. Shards removed meanwhile are lost for it."""
+        """Refuse new requests with this reason until it is empty again."""
         self._held = reason
 
     async def set_shards(self, shards: Mapping[str, str]) -> None:
-        """Make the pool exactly these shards (name -> host:port). A removed shard's requests end as lost."""
-        gone = [name for name, link in self._links.items() if shards.get(name) != link.address]
-        for name in gone:
-            link = self._links.pop(name)
-            await link.close()
-            self._settle(name, self._held or "removed from the pool")
+        """Make the pool exactly these shards (name -> host:port).
+
+        A shard that is no longer named takes nothing new; what it runs goes on until it ends or the link does.
+        """
+        for name, link in list(self._links.items()):
+            if name not in shards and self._load[name]:
+                self._leaving.add(name)
+            elif shards.get(name) != link.address:
+                await self._remove(name, "removed from the pool")
         for name, address in shards.items():
+            self._leaving.discard(name)
             if name not in self._links:
                 self._links[name] = ShardLink(name, address, self._hello, self._take, self._lost)
 
     async def close(self) -> None:
-        await self.set_shards({})
+        for name in list(self._links):
+            await self._remove(name, "the ingress is stopping")
+
+    async def _remove(self, shard: str, reason: str) -> None:
+        self._leaving.discard(shard)
+        if (link := self._links.pop(shard, None)) is not None:
+            await link.close()
+            self._settle(shard, reason)
 
     def check_ready(self) -> None:
         if not self.is_serving:
@@ -84,7 +100,8 @@ class ShardPool:
 
     async def add(self, request: EngineCoreRequest) -> None:
         self.check_ready()
-        shard = min(self.ready_shards, key=lambda name: self._load[name])
+        shard = min(self.ready_shards, key=lambda name: (self._load[name], self._served[name]))
+        self._served[shard] += 1
         self.in_flight[request.request_id] = InFlight(request, shard)
         self._load[shard] += 1
         self._links[shard].send(wire.Add(wire.copied(self._encoder.encode(request))))
@@ -138,6 +155,8 @@ class ShardPool:
         known = self.in_flight.pop(request_id, None)
         if known is not None:
             self._load[known.shard] -= 1
+            if known.shard in self._leaving and not self._load[known.shard]:
+                self._retiring = asyncio.create_task(self._remove(known.shard, "removed from the pool"))
         return known
 
     def _why_none(self) -> str:

@@ -53,9 +53,12 @@ def test_what_libraries_print_does_not_reach_the_events() -> None:
         "    print('noise from a library', flush=True); events.send('progress', 'x'); return 0\n"
         "p._serve = serve; p.main()"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], input=encode_spec(SPEC), capture_output=True, timeout=30, check=False
-    )
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", program], stdin=pipe, stdout=pipe, stderr=pipe)
+    assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+    process.stdin.write(encode_spec(SPEC))
+    process.stdin.flush()  # and stays open: its end would end the process
+    assert process.wait(30) == 0
 
-    assert [decode_event(line).event for line in done.stdout.splitlines()] == ["progress"]
-    assert b"noise" in done.stderr
+    assert [decode_event(line).event for line in process.stdout.read().splitlines()] == ["progress"]
+    assert b"noise" in process.stderr.read()

@@ -14,7 +14,7 @@ HOLDER = """
 import asyncio, sys, time
 from moeray.controller.lease import Lease
 async def main():
-    lease = Lease(sys.argv[1], "holder", beat_s=0.05)
+    lease = Lease(sys.argv[1], "secret", beat_s=0.05)
     await lease.start()
     print("held", flush=True)
     time.sleep(60)  # a blocked event loop, as while a model loads
@@ -32,7 +32,9 @@ class Losses:
         self.event.set()
 
 
-async def held_by_process(address: str) -> subprocess.Popen[bytes]:
+async def held_by_process(server: LeaseServer) -> subprocess.Popen[bytes]:
+    address = await server.start("127.0.0.1")
+    server.expect("secret", "holder")
     process = subprocess.Popen([sys.executable, "-c", HOLDER, address], stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert await asyncio.to_thread(process.stdout.readline) == b"held\n"
@@ -42,7 +44,7 @@ async def held_by_process(address: str) -> subprocess.Popen[bytes]:
 async def test_a_killed_process_loses_its_lease_at_once() -> None:
     losses = Losses()
     server = LeaseServer(losses, silence_s=30)
-    process = await held_by_process(await server.start("127.0.0.1"))
+    process = await held_by_process(server)
     assert not losses.seen
     os.kill(process.pid, signal.SIGKILL)
     await asyncio.wait_for(losses.event.wait(), 5)
@@ -54,7 +56,7 @@ async def test_a_killed_process_loses_its_lease_at_once() -> None:
 async def test_a_stopped_process_loses_its_lease_after_the_silence_and_no_sooner() -> None:
     losses = Losses()
     server = LeaseServer(losses, silence_s=0.6)
-    process = await held_by_process(await server.start("127.0.0.1"))
+    process = await held_by_process(server)
     await asyncio.sleep(0.9)
     assert not losses.seen, "beats keep it"
     os.kill(process.pid, signal.SIGSTOP)
@@ -67,7 +69,9 @@ async def test_a_stopped_process_loses_its_lease_after_the_silence_and_no_sooner
 
 async def test_the_holder_learns_that_the_controller_is_gone() -> None:
     server = LeaseServer(Losses(), silence_s=0.3)
-    lease = Lease(await server.start("127.0.0.1"), "m", beat_s=0.05)
+    address = await server.start("127.0.0.1")
+    server.expect("secret", "m")
+    lease = Lease(address, "secret", beat_s=0.05)
     await lease.start()
     await server.close()
     await asyncio.wait_for(lease.lost.wait(), 5)
@@ -78,7 +82,8 @@ async def test_garbage_on_the_port_is_dropped_and_costs_no_member_anything() -> 
     losses = Losses()
     server = LeaseServer(losses, silence_s=5)
     address = await server.start("127.0.0.1")
-    lease = Lease(address, "m", beat_s=0.05)
+    server.expect("secret", "m")
+    lease = Lease(address, "secret", beat_s=0.05)
     await lease.start()
     _, writer = await asyncio.open_connection(*address.split(":"))
     writer.write(b"x" * 100_000)
@@ -86,4 +91,27 @@ async def test_garbage_on_the_port_is_dropped_and_costs_no_member_anything() -> 
     assert not [id for id, _ in losses.seen if id == "m"]
     assert not lease.lost.is_set()
     lease.close()
+    await server.close()
+
+
+async def test_a_member_that_never_opens_its_lease_is_lost() -> None:
+    losses = Losses()
+    server = LeaseServer(losses, silence_s=0.1)
+    await server.start("127.0.0.1")
+    server.expect("secret", "m")
+    await asyncio.wait_for(losses.event.wait(), 5)
+    assert losses.seen == [("m", "did not open its lease within 0.1 s")]
+    await server.close()
+
+
+async def test_who_does_not_know_the_token_cannot_end_a_membership() -> None:
+    losses = Losses()
+    server = LeaseServer(losses, silence_s=5)
+    host, port = (await server.start("127.0.0.1")).split(":")
+    server.expect("secret", "m")
+    _, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"m\n")
+    writer.close()
+    await asyncio.sleep(0.2)
+    assert not losses.seen
     await server.close()
