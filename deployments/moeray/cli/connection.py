@@ -22,13 +22,13 @@ def ray_connection() -> Iterator[None]:
         CommandError: there is none, or it does not answer.
     """
     address = os.environ.get("RAY_ADDRESS")
-    embedded = False
     if not address:
         cluster = state_file.read()
         if cluster is None:
             raise CommandError(NOT_RUNNING)
-        address, embedded = cluster.ray_address, cluster.is_embedded
-    connect(address, embedded=embedded)
+        connect(cluster.ray_address, embedded=True)
+    else:
+        connect(address)
     import ray
 
     try:

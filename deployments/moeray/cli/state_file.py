@@ -12,11 +12,11 @@ from moeray.cli.errors import CommandError
 
 @dataclass(frozen=True, slots=True)
 class RunningCluster:
-    """A cluster that `up` started.
+    """A cluster on embedded Ray; one on foreign Ray is found through RAY_ADDRESS and leaves no file.
 
     Attributes:
         ray_address: of its Ray head, host:port.
-        supervisor_pid: the process that owns the embedded Ray; 0 where RAY_ADDRESS was given.
+        supervisor_pid: the process that owns the embedded Ray.
         supervisor_started: kernel start time of that process (clock ticks), so that a reused pid is not taken for it.
     """
 
@@ -27,13 +27,9 @@ class RunningCluster:
     grpc: str
 
     @property
-    def is_embedded(self) -> bool:
-        return self.supervisor_pid != 0
-
-    @property
     def is_alive(self) -> bool:
-        """Whether its supervisor still runs; a cluster on foreign Ray is taken to be there."""
-        return not self.is_embedded or started_ticks(self.supervisor_pid) == self.supervisor_started
+        """Whether its supervisor still runs."""
+        return started_ticks(self.supervisor_pid) == self.supervisor_started
 
 
 def state_dir() -> Path:

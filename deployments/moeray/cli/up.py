@@ -57,7 +57,7 @@ def running(config: ClusterConfig, timeout_s: float) -> Iterator[state_file.Runn
 
     started = False
     try:
-        cluster = _deploy(config, timeout_s, is_embedded=not address)
+        cluster = _deploy(config, timeout_s)
         if not address:
             state_file.write(cluster)
         started = True
@@ -88,7 +88,7 @@ def _start_embedded_ray() -> None:
     )
 
 
-def _deploy(config: ClusterConfig, timeout_s: float, *, is_embedded: bool) -> state_file.RunningCluster:
+def _deploy(config: ClusterConfig, timeout_s: float) -> state_file.RunningCluster:
     import ray
     from ray import serve
 
@@ -103,11 +103,10 @@ def _deploy(config: ClusterConfig, timeout_s: float, *, is_embedded: bool) -> st
         wait_for_applications_running=False,
     )
     endpoints = wait_until_ready(config, timeout_s)
-    pid = os.getpid() if is_embedded else 0
     return state_file.RunningCluster(
         ray_address=ray.get_runtime_context().gcs_address,
-        supervisor_pid=pid,
-        supervisor_started=state_file.started_ticks(pid) or 0 if pid else 0,
+        supervisor_pid=os.getpid(),
+        supervisor_started=state_file.started_ticks(os.getpid()) or 0,
         http=endpoints["http"],
         grpc=endpoints["grpc"],
     )

@@ -59,9 +59,6 @@ class Controller:
     async def unready(self, id: str) -> None:
         self._apply(lambda state: state.unready(id))
 
-    async def drain(self, id: str) -> None:
-        self._apply(lambda state: state.drain(id))
-
     async def lose(self, id: str, reason: str) -> None:
         self._lost(id, reason)
 
