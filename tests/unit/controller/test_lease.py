@@ -21,6 +21,18 @@ async def main():
 asyncio.run(main())
 """
 
+CONTROLLER = """
+import asyncio
+from moeray.controller.lease import LeaseServer
+async def main():
+    server = LeaseServer(lambda id, reason: None, silence_s=30)
+    address = await server.start("127.0.0.1")
+    server.expect("secret", "m")
+    print(address, flush=True)
+    await asyncio.sleep(60)
+asyncio.run(main())
+"""
+
 
 class Losses:
     def __init__(self) -> None:
@@ -68,12 +80,15 @@ async def test_a_stopped_process_loses_its_lease_after_the_silence_and_no_sooner
 
 
 async def test_the_holder_learns_that_the_controller_is_gone() -> None:
-    server = LeaseServer(Losses(), silence_s=0.3)
-    address = await server.start("127.0.0.1")
-    server.expect("secret", "m")
+    controller = subprocess.Popen([sys.executable, "-c", CONTROLLER], stdout=subprocess.PIPE)
+    assert controller.stdout is not None
+    address = (await asyncio.to_thread(controller.stdout.readline)).decode().strip()
     lease = Lease(address, "secret", beat_s=0.05)
     await lease.start()
-    await server.close()
+    await asyncio.sleep(0.2)
+    assert not lease.lost.is_set()
+    controller.kill()
+    controller.wait()
     await asyncio.wait_for(lease.lost.wait(), 5)
     lease.close()
 
