@@ -2,6 +2,10 @@
 
 Suffixes: L layers, E logical experts, S physical slots. A slot is one copy of one expert in one layer; the slots of a
 layer lie group after group, so that redundancy is more slots than experts and nothing else.
+
+Which copy serves is decided per shard, never per token: all tokens that one call of a shard sends to one expert go to
+one copy. A row's bits depend on how many rows the same call sends to the same expert (matrix products of another
+height add in another order), so spreading an expert's tokens over its copies would change answers with the placement.
 """
 
 from __future__ import annotations
@@ -61,12 +65,21 @@ class Placement:
         start = sum(self.slots_per_group[:group])
         return tuple(sorted(set(self.expert_of_slot[layer][start : start + self.slots_per_group[group]])))
 
-    def group_of_expert(self, layer: int) -> tuple[int, ...]:
-        """[E] the group that serves each logical expert of `layer`: the first copy's."""
-        owner = [-1] * self.num_experts
-        for expert, group in zip(reversed(self.expert_of_slot[layer]), reversed(self.group_of_slot()), strict=True):
-            owner[expert] = group
-        return tuple(owner)
+    def copies_in_group(self, group: int, layer: int) -> tuple[int, ...]:
+        """Those of `experts_of_group` that a group before it holds too: this group's redundant copies."""
+        before = set(self.expert_of_slot[layer][: sum(self.slots_per_group[:group])])
+        return tuple(expert for expert in self.experts_of_group(group, layer) if expert in before)
+
+    def group_of_expert(self, layer: int, shard: int = 0) -> tuple[int, ...]:
+        """[E] the group that serves each logical expert of `layer` to attention shard number `shard`.
+
+        The shards take turns at an expert's copies, and neighbouring experts begin at different ones: so copies share
+        the load of many shards as well as of one.
+        """
+        groups_E: list[list[int]] = [[] for _ in range(self.num_experts)]
+        for expert, group in zip(self.expert_of_slot[layer], self.group_of_slot(), strict=True):
+            groups_E[expert].append(group)
+        return tuple(groups[(expert + shard) % len(groups)] for expert, groups in enumerate(groups_E))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -86,16 +99,29 @@ class Placement:
         )
 
 
-def contiguous(*, generation: int, num_layers: int, num_experts: int, num_groups: int) -> Placement:
-    """Every expert once, in runs as equal as division allows (the first groups take the remainder).
+def contiguous(
+    *, generation: int, num_layers: int, num_experts: int, num_groups: int, num_redundant: int = 0
+) -> Placement:
+    """Experts 0..E-1 and again from 0, `num_redundant` more, cut into runs as equal as division allows.
+
+    The first groups take the remainder. No run is longer than E, so a copy is never in a group that holds the expert
+    already; every layer is cut the same way.
 
     Raises:
-        PlacementError: fewer experts than groups.
+        PlacementError: fewer experts than groups, or more copies than the groups can hold without holding one twice.
     """
     if not 1 <= num_groups <= num_experts:
         raise PlacementError(
             f"{num_experts} experts cannot be spread over {num_groups} expert groups: 1..{num_experts} groups can"
         )
-    base, extra = divmod(num_experts, num_groups)
+    most = num_experts * (num_groups - 1)
+    if not 0 <= num_redundant <= most:
+        raise PlacementError(
+            f"{num_redundant} redundant copies of {num_experts} experts do not fit into {num_groups} expert groups: "
+            f"each can hold every expert once, and the first copies take {num_experts} of the "
+            f"{num_experts} x {num_groups} places, so 0..{most} can"
+        )
+    base, extra = divmod(num_experts + num_redundant, num_groups)
     slots = tuple(base + (group < extra) for group in range(num_groups))
-    return Placement(generation, num_experts, slots, (tuple(range(num_experts)),) * num_layers)
+    layer = tuple(slot % num_experts for slot in range(num_experts + num_redundant))
+    return Placement(generation, num_experts, slots, (layer,) * num_layers)

@@ -18,6 +18,7 @@ examples:
   moeray chat "What is an expert group?"   ask it over gRPC; --http for the OpenAI API
   moeray status --json                     processes, endpoints, routed tokens
   moeray down                              stop what `up` started
+  moeray inspect DIRECTORY --groups 8      what a checkpoint holds, and what each of 8 expert groups would read
   RAY_ADDRESS=host:6379 moeray up          on a Ray cluster that is there already
 """
 
@@ -60,6 +61,12 @@ def _run(options: argparse.Namespace) -> int:
             options.question, http=options.http, api_key=options.api_key, max_tokens=options.max_tokens,
             thinking=options.thinking,
         )  # fmt: skip
+    if options.command == "inspect":
+        from moeray.cli.inspect import inspect_checkpoint
+
+        return inspect_checkpoint(
+            options.checkpoint, groups=options.groups, redundant=options.redundant, as_json=options.json
+        )
     from moeray.cli.demo import demo
 
     return demo(options.file)
@@ -100,11 +107,31 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--max-tokens", type=int, default=256, metavar="N", help="longest answer (default 256)")
     chat.add_argument("--thinking", action="store_true", help="let the model think first")
 
+    inspect = commands.add_parser(
+        "inspect", help="show what a checkpoint holds and what of it does not fit",
+        description="Show layers, experts, formats and bytes per role, read from config.json and the weight files' "
+        "headers alone. The exit status is 1 if something does not fit.",
+        epilog="example: moeray inspect ~/DeepSeek-V4-Pro --groups 64 --redundant 64",
+    )  # fmt: skip
+    inspect.add_argument("checkpoint", help="a directory, a bundled name or a hub id, as `model` of cluster.yaml")
+    inspect.add_argument("--json", action="store_true", help="as JSON, for scripts")
+    inspect.add_argument("--groups", type=_positive, metavar="N", help="also plan what each of N expert groups reads")
+    inspect.add_argument(
+        "--redundant", type=int, default=0, metavar="R", help="with R extra copies per layer (default 0)"
+    )
+
     demo = commands.add_parser(
         "demo", help="start a cluster, ask it over gRPC and HTTP, print, stop", epilog="example: moeray demo"
     )
     _file(demo)
     return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
 
 
 def _file(parser: argparse.ArgumentParser) -> None:

@@ -1,11 +1,11 @@
-"""A DeepSeek-V4 checkpoint directory: shape, tensor index and content id, without loading a weight."""
+"""A checkpoint directory of the family: shape, tensor index and content id, without loading a weight."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,21 +13,18 @@ from types import MappingProxyType
 from typing import Any
 
 from moeray.deepseek_v4.errors import CheckpointError
-from moeray.deepseek_v4.shape import ModelShape, read_shape
+from moeray.deepseek_v4.formats import StoredMatrix, stored_matrix
+from moeray.deepseek_v4.names import DEEPSEEK, HUGGING_FACE, PARTS, TensorNames
+from moeray.deepseek_v4.shape import UNCLAMPED_FAMILIES, ModelShape, read_shape
 from moeray.deepseek_v4.weight_files import DOWNLOAD_AGAIN, StoredTensor, WeightFile, read_headers, read_json
 
 CONFIG_FILE = "config.json"
-EXPERT_NAME = re.compile(r"layers\.(\d+)\.ffn\.experts\.(\d+)\.(w[123])\.weight")
-EXPERT_DTYPES = ("BF16", "F16", "F32")
+# DeepSeek's own name, or Hugging Face's, which numbers them after the model's layers
+DRAFT_LAYER = re.compile(r"mtp\.|model\.layers\.(\d+)\.")
 # keys that a converter rewrites without touching the model
 NOT_CONTENT = ("_name_or_path", "transformers_version")
 WHOLE_FILE_BYTES = 32 << 20
 NUM_SAMPLES, SAMPLE_BYTES = 256, 4096
-
-
-def expert_name(layer: int, expert: int, part: str) -> str:
-    """DeepSeek's name of a routed expert's matrix; `part` is w1 (gate), w2 (down) or w3 (up)."""
-    return f"layers.{layer}.ffn.experts.{expert}.{part}.weight"
 
 
 @dataclass(frozen=True)
@@ -37,38 +34,125 @@ class Checkpoint:
     Attributes:
         path: the directory.
         shape: what config.json says, with the layers that the weights really have.
+        names: how its tensors are named.
         tensors: name -> place of its bytes.
     """
 
     path: Path
     shape: ModelShape
+    names: TensorNames
     tensors: Mapping[str, StoredTensor]
     config: Mapping[str, Any]
     weight_files: tuple[WeightFile, ...]
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
-        """Read config.json and the headers of all weight files (single-file or sharded with an index).
+        """Read config.json and the headers of all weight files (single-file or sharded with an index), and check them.
 
         Raises:
-            CheckpointError: a missing, truncated or unusable file, a missing expert, an unsupported expert dtype.
+            CheckpointError: a missing, truncated or unusable file, a missing expert, a format that is not known.
+        """
+        checkpoint = cls.read(path)
+        for problem in checkpoint.problems():
+            raise problem
+        return checkpoint
+
+    @classmethod
+    def read(cls, path: Path) -> Checkpoint:
+        """As `open`, but leaves it to the caller to ask for `problems`.
+
+        Raises:
+            CheckpointError: a file is missing, truncated or damaged, or config.json lacks a key.
         """
         if not path.is_dir():
             raise CheckpointError(path, "is not a directory", "give the directory that holds config.json")
         config = read_json(path / CONFIG_FILE)
         weight_files, tensors = read_headers(path)
-        experts = {tuple(map(int, match.groups()[:2])) for name in tensors if (match := EXPERT_NAME.fullmatch(name))}
-        shape = read_shape(path / CONFIG_FILE, config, {layer for layer, _ in experts})
-        _check_experts(path, shape, tensors)
-        return cls(path, shape, MappingProxyType(tensors), MappingProxyType(config), weight_files)
+        names = HUGGING_FACE if config.get("model_type") in UNCLAMPED_FAMILIES else DEEPSEEK
+        layers = {int(match[1]) for name in tensors if (match := names.expert_tensor.fullmatch(name))}
+        if names is HUGGING_FACE:  # there, draft layers are numbered after the model's own
+            layers = {layer for layer in layers if layer < int(config.get("num_hidden_layers") or 0)}
+        shape = read_shape(path / CONFIG_FILE, config, layers)
+        return cls(path, shape, names, MappingProxyType(tensors), MappingProxyType(config), weight_files)
+
+    def problems(self) -> Iterator[CheckpointError]:
+        """Everything that keeps its experts from being served: missing matrices, wrong shapes, unknown formats."""
+        config_file, shape = self.path / CONFIG_FILE, self.shape
+        if not shape.moe_layers:
+            example = self.names.expert_weight(0, 0, "w1")
+            yield CheckpointError(
+                config_file, f"no weight file holds a tensor like {example}", "give the published tensor names"
+            )
+            return
+        if shape.moe_layers[-1] >= shape.num_layers:
+            yield CheckpointError(
+                config_file,
+                f"num_hidden_layers is {shape.num_layers}, but layer {shape.moe_layers[-1]} has experts",
+                DOWNLOAD_AGAIN,
+            )
+        for layer in shape.moe_layers:
+            for expert in range(shape.num_experts):
+                yield from self._problems_of_expert(layer, expert)
+
+    def _problems_of_expert(self, layer: int, expert: int) -> Iterator[CheckpointError]:
+        wide = (self.shape.intermediate_size, self.shape.hidden_size)
+        for part, expected in zip(PARTS, (wide, wide[::-1], wide), strict=True):
+            try:
+                matrix = self.expert_matrix(layer, expert, part)
+            except CheckpointError as error:
+                yield error
+                continue
+            if matrix.shape != expected:
+                wrong = f"has shape {list(matrix.shape)}, config.json asks for {list(expected)}"
+                yield CheckpointError(matrix.weight.file, f"{matrix.weight.name} {wrong}", DOWNLOAD_AGAIN)
+
+    def matrix(self, name: str) -> StoredMatrix:
+        """The weight tensor `name` with its scales, if it has any.
+
+        Raises:
+            CheckpointError: it is in no weight file, or in an unknown format.
+        """
+        weight = self.tensors.get(name)
+        if weight is None:
+            raise CheckpointError(
+                self.path / CONFIG_FILE, f"{name} is in no weight file, but config.json asks for it", DOWNLOAD_AGAIN
+            )
+        return stored_matrix(weight, self.tensors.get(self.names.scale_of(name)), self.shape.fp8_block)
+
+    def expert_matrix(self, layer: int, expert: int, part: str) -> StoredMatrix:
+        """One matrix of a routed expert; `part` is w1 (gate), w2 (down) or w3 (up), whatever the checkpoint calls it.
+
+        Raises:
+            CheckpointError: see `matrix`.
+        """
+        return self.matrix(self.names.expert_weight(layer, expert, part))
+
+    def is_routed_expert(self, name: str) -> bool:
+        """Whether the tensor belongs to a routed expert (weights or scales)."""
+        return self.names.expert_tensor.fullmatch(name) is not None
+
+    def is_draft(self, name: str) -> bool:
+        """Whether the tensor belongs to a draft (MTP) layer."""
+        layer = DRAFT_LAYER.match(name)
+        return layer is not None and (layer[1] is None or int(layer[1]) >= self.shape.num_layers)
+
+    def is_scale(self, name: str) -> bool:
+        """Whether the tensor holds the scales of another one."""
+        weight = self.names.weight_of(name)
+        return weight is not None and weight in self.tensors
 
     def bytes_of(self, names: Iterable[str]) -> int:
         """Stored bytes of the named tensors."""
         return sum(self.tensors[name].num_bytes for name in names)
 
     def expert_names(self, layer: int, experts: Iterable[int]) -> list[str]:
-        """Names of every matrix of these routed experts of `layer`."""
-        return [expert_name(layer, expert, part) for expert in experts for part in ("w1", "w2", "w3")]
+        """Names of every tensor (weights and scales) of these routed experts of `layer`."""
+        return [
+            tensor.name
+            for expert in experts
+            for part in PARTS
+            for tensor in self.expert_matrix(layer, expert, part).tensors
+        ]
 
     def fingerprint(self) -> str:
         """Content id (32 hex digits) of the model: equal for equal weights and config, wherever they lie.
@@ -112,45 +196,3 @@ def _sample(digest: hashlib._Hash, weight_file: WeightFile) -> None:
                 digest.update(data)
     except OSError as error:
         raise CheckpointError(weight_file.file, f"cannot be read ({error})", DOWNLOAD_AGAIN) from None
-
-
-def _check_experts(path: Path, shape: ModelShape, tensors: Mapping[str, StoredTensor]) -> None:
-    """Every MoE layer holds every expert, in a dtype and shape that the expert group can compute with."""
-    config_file = path / CONFIG_FILE
-    if not shape.moe_layers:
-        raise CheckpointError(
-            config_file,
-            "no weight file holds a tensor like " + expert_name(0, 0, "w1"),
-            "give DeepSeek's own tensor names",
-        )
-    if shape.moe_layers[-1] >= shape.num_layers:
-        raise CheckpointError(
-            config_file,
-            f"num_hidden_layers is {shape.num_layers}, but layer {shape.moe_layers[-1]} has experts",
-            DOWNLOAD_AGAIN,
-        )
-    wide, deep = (shape.intermediate_size, shape.hidden_size), (shape.hidden_size, shape.intermediate_size)
-    for layer in shape.moe_layers:
-        for expert in range(shape.num_experts):
-            for part, expected in (("w1", wide), ("w2", deep), ("w3", wide)):
-                _check_matrix(
-                    config_file,
-                    tensors.get(expert_name(layer, expert, part)),
-                    expected,
-                    expert_name(layer, expert, part),
-                )
-
-
-def _check_matrix(config_file: Path, tensor: StoredTensor | None, expected: tuple[int, int], name: str) -> None:
-    if tensor is None:
-        raise CheckpointError(config_file, f"{name} is in no weight file, but config.json asks for it", DOWNLOAD_AGAIN)
-    if tensor.dtype not in EXPERT_DTYPES:
-        raise CheckpointError(
-            tensor.file,
-            f"{name} is stored as {tensor.dtype}, which expert groups cannot compute with yet",
-            f"convert the routed experts to one of {', '.join(EXPERT_DTYPES)}",
-        )
-    if tensor.shape != expected:
-        raise CheckpointError(
-            tensor.file, f"{name} has shape {list(tensor.shape)}, config.json asks for {list(expected)}", DOWNLOAD_AGAIN
-        )

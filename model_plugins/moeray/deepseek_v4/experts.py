@@ -29,9 +29,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from moeray.deepseek_v4.checkpoint import Checkpoint, expert_name
+from moeray.deepseek_v4.checkpoint import Checkpoint
 from moeray.deepseek_v4.errors import ExpertError
-from moeray.deepseek_v4.tensor_reader import TensorReader
+from moeray.deepseek_v4.names import PARTS
+from moeray.deepseek_v4.tensor_reader import TensorReader, activation_dtype, read_matrix
 
 Progress = Callable[[int, int], None]
 """`on_progress(bytes_read, bytes_total)`, after every expert."""
@@ -83,7 +84,8 @@ class RoutedExperts:
 
         Args:
             experts_per_layer: model layer -> logical experts to hold.
-            dtype: convert to it; None keeps the stored dtype.
+            dtype: of the matrices. None keeps the stored one; quantised experts then take the activations' dtype of
+                config.json, which holds their values exactly.
         Raises:
             CheckpointError: a file became unreadable or shorter since the checkpoint was opened.
             KeyError: a layer or expert that the checkpoint does not have.
@@ -97,9 +99,9 @@ class RoutedExperts:
         with TensorReader() as reader:
             for layer, experts in experts_per_layer.items():
                 for expert in experts:
-                    loaded = _read_expert(reader, checkpoint, layer, expert)
+                    loaded = _read_expert(reader, checkpoint, layer, expert, dtype)
                     weights.setdefault(layer, {})[expert] = ExpertWeights(
-                        loaded.w13.to(device=device, dtype=dtype), loaded.w2.to(device=device, dtype=dtype)
+                        loaded.w13.to(device=device), loaded.w2.to(device=device)
                     )
                     if on_progress is not None:
                         on_progress(reader.bytes_read, total)
@@ -174,6 +176,13 @@ class RoutedExperts:
             raise ExpertError(f"layer {layer}: experts {sorted(set(experts[bad].tolist()))} gave NaN or Inf")
 
 
-def _read_expert(reader: TensorReader, checkpoint: Checkpoint, layer: int, expert: int) -> ExpertWeights:
-    w1, w2, w3 = (checkpoint.tensors[expert_name(layer, expert, part)] for part in ("w1", "w2", "w3"))
-    return ExpertWeights(w13=reader.read([w1, w3]), w2=reader.read([w2]))
+def _read_expert(
+    reader: TensorReader, checkpoint: Checkpoint, layer: int, expert: int, dtype: torch.dtype | None
+) -> ExpertWeights:
+    w1, w2, w3 = (checkpoint.expert_matrix(layer, expert, part) for part in PARTS)
+    if all(matrix.scale is None for matrix in (w1, w2, w3)) and w1.weight.dtype == w3.weight.dtype:
+        w13, w2_ = reader.read([w1.weight, w3.weight]), reader.read([w2.weight])
+        return ExpertWeights(w13.to(dtype=dtype), w2_.to(dtype=dtype))
+    wanted = dtype or activation_dtype(checkpoint)
+    gate, down, up = (read_matrix(reader, matrix, wanted) for matrix in (w1, w2, w3))
+    return ExpertWeights(torch.cat((gate, up)), down)

@@ -1,30 +1,43 @@
-"""The numbers of config.json that decide shapes: read once, checked, frozen."""
+"""The numbers of config.json that decide shapes: read once, checked, frozen.
+
+Families: DeepSeek-V4 (`deepseek_v4`), V4.1 (`deepseek_v41`, its text model nested under `text_config`), and the V2,
+V3 and V3.2 style (Hugging Face's tensor names, no swiglu clamp, dense layers first).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moeray.deepseek_v4.errors import CheckpointError
+from moeray.deepseek_v4.formats import fp8_block_of
+
+CLAMPED_FAMILIES = ("deepseek_v4", "deepseek_v41")
+"""Their routed experts clamp gate and up; leaving the clamp out changes the answers without any error."""
+UNCLAMPED_FAMILIES = ("deepseek_v2", "deepseek_v3", "deepseek_v32")
+FAMILIES = (*CLAMPED_FAMILIES, *UNCLAMPED_FAMILIES)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """DeepSeek-V4's shape.
+    """The shape of a model of the family.
 
     Attributes:
+        family: model_type of config.json.
         num_layers: decoder layers; draft (MTP) layers are not counted.
         intermediate_size: width of one routed expert.
         swiglu_limit: clamp of gate (above) and up (both sides); `math.inf` where the config sets none (0 or null).
         dtype: torch's name of the activations' dtype ("bfloat16", "float32", ...).
+        fp8_block: rows and columns of an FP8 weight that share a scale, where config.json says so.
         moe_layers: layer indices with routed experts, ascending.
         hash_layers: those of them that route by a token-id table.
         engram_layers: layer indices with an Engram, ascending; empty without Engram.
     """
 
+    family: str
     architecture: str
     num_layers: int
     hidden_size: int
@@ -35,12 +48,19 @@ class ModelShape:
     intermediate_size: int
     swiglu_limit: float
     dtype: str
+    fp8_block: tuple[int, int] | None
     moe_layers: tuple[int, ...]
     hash_layers: tuple[int, ...]
     engram_layers: tuple[int, ...]
 
 
-def read_shape(file: Path, config: dict[str, Any], moe_layers: Iterable[int]) -> ModelShape:
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The language model's keys: V4.1 nests them under `text_config`, the others have them at the top."""
+    nested = config.get("text_config")
+    return {**config, **nested, "model_type": config.get("model_type")} if isinstance(nested, Mapping) else dict(config)
+
+
+def read_shape(file: Path, config: Mapping[str, Any], moe_layers: Iterable[int]) -> ModelShape:
     """Check the keys of a parsed config.json (`file` is only for messages).
 
     Args:
@@ -48,10 +68,13 @@ def read_shape(file: Path, config: dict[str, Any], moe_layers: Iterable[int]) ->
     Raises:
         CheckpointError: a key is missing or out of range; names the key and its value.
     """
-    if config.get("model_type") != "deepseek_v4":
+    family = config.get("model_type")
+    if family not in FAMILIES:
         raise CheckpointError(
-            file, f"model_type is {config.get('model_type')!r}, not 'deepseek_v4'", "give a DeepSeek-V4 checkpoint"
+            file, f"model_type is {family!r}, none of {', '.join(FAMILIES)}", "give a checkpoint of the DeepSeek family"
         )
+    architecture = str((config.get("architectures") or ["DeepseekV4ForCausalLM"])[0])
+    config = text_config(config)
     num_layers = _positive_int(file, config, "num_hidden_layers")
     num_experts = _positive_int(file, config, "n_routed_experts")
     top_k = _positive_int(file, config, "num_experts_per_tok")
@@ -62,7 +85,8 @@ def read_shape(file: Path, config: dict[str, Any], moe_layers: Iterable[int]) ->
     num_hash = int(config.get("num_hash_layers") or 0)
     layers = tuple(sorted(moe_layers))
     return ModelShape(
-        architecture=str((config.get("architectures") or ["DeepseekV4ForCausalLM"])[0]),
+        family=str(family),
+        architecture=architecture,
         num_layers=num_layers,
         hidden_size=_positive_int(file, config, "hidden_size"),
         vocab_size=_positive_int(file, config, "vocab_size"),
@@ -70,29 +94,29 @@ def read_shape(file: Path, config: dict[str, Any], moe_layers: Iterable[int]) ->
         num_shared_experts=int(config.get("n_shared_experts") or 0),
         top_k=top_k,
         intermediate_size=_positive_int(file, config, "moe_intermediate_size"),
-        swiglu_limit=_swiglu_limit(file, config),
+        swiglu_limit=_swiglu_limit(file, config) if family in CLAMPED_FAMILIES else math.inf,
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"),
+        fp8_block=fp8_block_of(config),
         moe_layers=layers,
         hash_layers=tuple(layer for layer in layers if layer < num_hash),
         engram_layers=_engram_layers(file, config, num_layers),
     )
 
 
-def _positive_int(file: Path, config: dict[str, Any], key: str) -> int:
+def _positive_int(file: Path, config: Mapping[str, Any], key: str) -> int:
     value = _required(file, config, key)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise CheckpointError(file, f"{key} is {value!r}", "it must be a whole number of at least 1")
     return value
 
 
-def _required(file: Path, config: dict[str, Any], key: str) -> Any:
+def _required(file: Path, config: Mapping[str, Any], key: str) -> Any:
     if key not in config:
         raise CheckpointError(file, f"key {key!r} is missing", "copy config.json from the model's source again")
     return config[key]
 
 
-def _swiglu_limit(file: Path, config: dict[str, Any]) -> float:
-    """Required, because leaving the clamp out changes the answers without any error."""
+def _swiglu_limit(file: Path, config: Mapping[str, Any]) -> float:
     value = _required(file, config, "swiglu_limit")
     if value is None or value == 0:
         return math.inf
@@ -101,7 +125,7 @@ def _swiglu_limit(file: Path, config: dict[str, Any]) -> float:
     return float(value)
 
 
-def _engram_layers(file: Path, config: dict[str, Any], num_layers: int) -> tuple[int, ...]:
+def _engram_layers(file: Path, config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
     layers = config.get("engram_layer_ids") or []
     outside = [layer for layer in layers if not (isinstance(layer, int) and 0 <= layer < num_layers)]
     if outside:

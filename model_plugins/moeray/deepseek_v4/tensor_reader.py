@@ -10,7 +10,9 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from moeray.deepseek_v4.checkpoint import Checkpoint
 from moeray.deepseek_v4.errors import CheckpointError
+from moeray.deepseek_v4.formats import StoredMatrix, dequantise
 from moeray.deepseek_v4.weight_files import DOWNLOAD_AGAIN, StoredTensor
 
 TORCH_DTYPES = {
@@ -24,6 +26,9 @@ TORCH_DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 
 
@@ -87,3 +92,27 @@ class TensorReader:
             raise CheckpointError(
                 part.file, f"cannot be read ({error})", "check its permissions and the disk"
             ) from None
+
+
+def read_matrix(reader: TensorReader, matrix: StoredMatrix, dtype: torch.dtype) -> Tensor:
+    """The matrix' values in `dtype`, dequantised where it is quantised.
+
+    Raises:
+        CheckpointError: see `TensorReader.read`.
+    """
+    scales = None if matrix.scale is None else reader.read([matrix.scale])
+    return dequantise(reader.read([matrix.weight]), scales, matrix.block, dtype)
+
+
+def activation_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """What config.json's dtype is called in torch.
+
+    Raises:
+        CheckpointError: it is not a floating-point dtype that torch has.
+    """
+    dtype = getattr(torch, checkpoint.shape.dtype, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise CheckpointError(
+            checkpoint.path / "config.json", f"dtype is {checkpoint.shape.dtype!r}", "it must be bfloat16 or float32"
+        )
+    return dtype

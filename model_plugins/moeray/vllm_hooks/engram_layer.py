@@ -60,19 +60,13 @@ class EngramStep:
         self.layout = layout
         self.hash = NgramHash(layout, *build_token_map(_tokenizer(vllm_config.model_config), config.vocab_size))
         self._rows_LTC: IntArray | None = None
-        stored = Checkpoint.open(directory).tensors
+        checkpoint = Checkpoint.open(directory)
         for index, layer_id in enumerate(layout.layer_ids):
-            name, shape = table_name(layer_id), (layout.num_rows[index], layout.head_dim)
-            if name not in stored:
-                raise CheckpointError(
-                    directory, f"{name} is in no weight file", "config.json asks for it: download again"
-                )
+            table = EngramTable(checkpoint.matrix(table_name(layer_id)), (layout.num_rows[index], layout.head_dim))
             layer = decoder_layers[layer_id]
             if layer.use_fused_mhc:  # then the layer's input is not the streams: the last block's mHC post is missing
                 raise EngramError(f"layer {layer_id} runs fused mHC kernels, before which the gated value cannot enter")
-            layer.engram = EngramLayer(
-                config, layout, EngramTable(stored[name], shape), f"model.layers.{layer_id}.engram"
-            )
+            layer.engram = EngramLayer(config, layout, table, f"model.layers.{layer_id}.engram")
             layer.register_forward_pre_hook(self._hook(index))
 
     def begin(self, input_ids_T: Tensor, starts_R1: Tensor, lookback_RB: Tensor) -> None:

@@ -13,7 +13,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from moeray.deepseek_v4.checkpoint import Checkpoint
 from moeray.deepseek_v4.errors import CheckpointError
-from moeray.deepseek_v4.tensor_reader import TensorReader
+from moeray.deepseek_v4.tensor_reader import TensorReader, activation_dtype, read_matrix
 
 LOAD_FORMAT = "moeray"
 
@@ -58,11 +58,14 @@ class ShardLoader(BaseModelLoader):  # type: ignore[misc, unused-ignore]
         global _last_report
         directory = Path(model_config.model)
         checkpoint = Checkpoint.open(directory)
+        # Without a quantisation method vLLM's layers are plain (on CPU, see engine_args): the values are what they hold.
+        as_values = model_config.quantization is None
         unused: Any = model.is_unused_checkpoint_weight
         skipped = tuple(name for name in checkpoint.tensors if unused(name))
         names = tuple(name for name in checkpoint.tensors if not unused(name))
         with TensorReader() as reader:
-            loaded: set[str] = model.load_weights(_read(checkpoint, names, reader))  # type: ignore[operator, unused-ignore]
+            weights = _values(checkpoint, names, reader) if as_values else _stored(checkpoint, names, reader)
+            loaded: set[str] = model.load_weights(weights)  # type: ignore[operator, unused-ignore]
             bytes_read = reader.bytes_read
         missing = sorted({name for name, _ in model.named_parameters()} - loaded)
         if missing:
@@ -70,6 +73,19 @@ class ShardLoader(BaseModelLoader):  # type: ignore[misc, unused-ignore]
         _last_report = LoadReport(names, skipped, bytes_read, checkpoint.bytes_of(checkpoint.tensors))
 
 
-def _read(checkpoint: Checkpoint, names: tuple[str, ...], reader: TensorReader) -> Iterator[tuple[str, Tensor]]:
+def _stored(checkpoint: Checkpoint, names: tuple[str, ...], reader: TensorReader) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor as it is stored, scales among them."""
     for name in names:
         yield name, reader.read([checkpoint.tensors[name]])
+
+
+def _values(checkpoint: Checkpoint, names: tuple[str, ...], reader: TensorReader) -> Iterator[tuple[str, Tensor]]:
+    """Quantised tensors as their values, in the activations' dtype; no scales."""
+    dtype = activation_dtype(checkpoint)
+    for name in names:
+        if checkpoint.is_scale(name):
+            continue
+        if checkpoint.names.scale_of(name) in checkpoint.tensors:
+            yield name, read_matrix(reader, checkpoint.matrix(name), dtype)
+        else:
+            yield name, reader.read([checkpoint.tensors[name]])

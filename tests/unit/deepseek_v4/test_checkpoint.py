@@ -129,12 +129,12 @@ def test_an_index_cannot_lead_out_of_the_directory(write: Write) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
-def test_an_expert_dtype_we_cannot_compute_with_is_refused_by_name(write: Write, dtype: torch.dtype) -> None:
+def test_quantised_experts_without_their_scales_are_refused_by_name(write: Write, dtype: torch.dtype) -> None:
     directory = write()
     tensors = load_file(directory / "model.safetensors")
     tensors[EXPERT] = tensors[EXPERT].to(dtype)
     save_file(tensors, directory / "model.safetensors")
-    with pytest.raises(CheckpointError, match=f"{EXPERT} is stored as .*convert the routed experts to one of BF16"):
+    with pytest.raises(CheckpointError, match=f"{EXPERT} is stored as .* and has no scales beside it"):
         Checkpoint.open(directory)
 
 
@@ -208,3 +208,49 @@ def test_large_files_are_sampled_and_still_told_apart(write: Write, monkeypatch:
 def test_opening_a_checkpoint_imports_neither_vllm_nor_transformers() -> None:
     code = "import sys, moeray.deepseek_v4; sys.exit(any(m in sys.modules for m in ('vllm', 'transformers', 'ray')))"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
+
+
+def hugging_face(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same weights under the names of DeepSeek-V3; the last layer is a draft layer there."""
+    parts = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+    renamed = {}
+    for name, tensor in tensors.items():
+        for part, other in parts.items():
+            name = name.replace(f".{part}.", f".{other}.")
+        renamed["model." + name.replace(".ffn.", ".mlp.")] = tensor
+    return renamed
+
+
+V3 = {"model_type": "deepseek_v3", "num_hidden_layers": 2, "swiglu_limit": ..., "engram_layer_ids": ...}
+
+
+def test_experts_under_v3s_names_are_the_same_experts_without_a_clamp(write: Write) -> None:
+    v4 = Checkpoint.open(write(name="v4"))
+    v3 = Checkpoint.open(write(hugging_face(load_file(v4.path / "model.safetensors")), name="v3", **V3))
+    assert (v3.shape.moe_layers, v3.shape.swiglu_limit) == ((0, 1), math.inf)
+    assert v3.expert_matrix(1, 2, "w2").weight.name == "model.layers.1.mlp.experts.2.down_proj.weight"
+    for part in ("w1", "w2", "w3"):
+        assert v3.expert_matrix(1, 2, part).shape == v4.expert_matrix(1, 2, part).shape
+    assert v3.is_draft("model.layers.2.mlp.experts.0.up_proj.weight")
+    assert not v3.is_draft("model.layers.1.mlp.experts.0.up_proj.weight")
+    assert v3.is_routed_expert("model.layers.0.mlp.experts.3.gate_proj.weight_scale_inv")
+    assert not v3.is_routed_expert("model.layers.0.mlp.shared_experts.gate_proj.weight")
+
+
+def test_a_missing_expert_under_v3s_names_is_called_by_that_name(write: Write) -> None:
+    tensors = hugging_face(load_file(write(name="v4") / "model.safetensors"))
+    del tensors["model.layers.1.mlp.experts.2.up_proj.weight"]
+    with pytest.raises(
+        CheckpointError, match=r"model\.layers\.1\.mlp\.experts\.2\.up_proj\.weight is in no weight file"
+    ):
+        Checkpoint.open(write(tensors, **V3))
+
+
+def test_every_problem_is_told_where_it_is_asked_for(write: Write) -> None:
+    tensors = load_file(write(name="whole") / "model.safetensors")
+    del tensors["layers.0.ffn.experts.1.w1.weight"]
+    tensors["layers.2.ffn.experts.5.w2.weight"] = tensors["layers.2.ffn.experts.5.w2.weight"][:, 1:].contiguous()
+    problems = [str(problem) for problem in Checkpoint.read(write(tensors)).problems()]
+    assert len(problems) == 2
+    assert "layers.0.ffn.experts.1.w1.weight is in no weight file" in problems[0]
+    assert "layers.2.ffn.experts.5.w2.weight has shape [48, 19], config.json asks for [48, 20]" in problems[1]
