@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -86,9 +87,9 @@ class Cluster:
         return answer_text(answer["choices"][0]["message"])
 
 
-def golden_request(prompt: dict[str, Any]) -> dict[str, Any]:
+def golden_request(prompt: dict[str, Any], model: str = "moeray-tiny") -> dict[str, Any]:
     """The OpenAI request of one golden prompt."""
-    request = {"model": "moeray-tiny", "messages": prompt["messages"], "temperature": 0, "max_tokens": 128}
+    request = {"model": model, "messages": prompt["messages"], "temperature": 0, "max_tokens": 128}
     request["chat_template_kwargs"] = prompt.get("chat_template_kwargs", {})
     if prompt.get("tools"):
         request["tools"] = prompt["tools"]
@@ -99,6 +100,29 @@ def answer_text(message: dict[str, Any]) -> str:
     """Everything that the model wrote, as one comparable string."""
     calls = [(call["function"]["name"], call["function"]["arguments"]) for call in message.get("tool_calls") or []]
     return json.dumps([message.get("reasoning") or "", message.get("content") or "", calls], ensure_ascii=False)
+
+
+def expected_text(prompt: dict[str, Any]) -> str:
+    """What `answer_text` gives for the right answer."""
+    calls = [(call["name"], json.dumps(call["arguments"])) for call in prompt.get("expected_tool_calls") or []]
+    return json.dumps(
+        [prompt.get("expected_reasoning") or "", prompt["expected_content"] or "", calls], ensure_ascii=False
+    )
+
+
+def wrong_answers(running: Cluster, golden: list[dict[str, Any]], model: str = "moeray-tiny") -> list[tuple[str, str]]:
+    """Ask all golden prompts, eight at a time; (expected, answered) of those that were not answered exactly."""
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers = list(
+            pool.map(lambda prompt: running.post("/v1/chat/completions", golden_request(prompt, model)), golden)
+        )
+    wrong = []
+    for prompt, (status, answer) in zip(golden, answers, strict=True):
+        assert status == 200, answer
+        text, expected = answer_text(answer["choices"][0]["message"]), expected_text(prompt)
+        if text != expected:
+            wrong.append((expected, text))
+    return wrong
 
 
 @contextlib.contextmanager

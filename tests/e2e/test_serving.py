@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import json
 import os
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clusters import Cluster, answer_text, golden_request
+from clusters import Cluster, wrong_answers
 
 PROTO_ROOT = Path(__file__).resolve().parents[2] / "deployments" / "moeray" / "ingress" / "proto"
 
@@ -30,16 +29,7 @@ def test_status_names_every_process_of_the_default_topology(shared_cluster: Clus
 
 
 def test_golden_prompts_are_answered_exactly(shared_cluster: Cluster, golden: list[dict[str, Any]]) -> None:
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        answers = list(
-            pool.map(lambda prompt: shared_cluster.post("/v1/chat/completions", golden_request(prompt)), golden)
-        )
-    wrong = []
-    for prompt, (status, answer) in zip(golden, answers, strict=True):
-        assert status == 200, answer
-        text, expected = answer_text(answer["choices"][0]["message"]), expected_text(prompt)
-        if text != expected:
-            wrong.append((expected, text))
+    wrong = wrong_answers(shared_cluster, golden)
     assert not wrong, f"{len(wrong)} of {len(golden)} differ, first: {wrong[0]}"
 
 
@@ -152,11 +142,3 @@ def single_question(golden: list[dict[str, Any]]) -> tuple[str, str]:
         if len(prompt["messages"]) == 1 and not prompt.get("tools") and not thinks:
             return prompt["messages"][0]["content"], prompt["expected_content"]
     raise AssertionError("golden.json has no plain question")
-
-
-def expected_text(prompt: dict[str, Any]) -> str:
-    """What `answer_text` gives for the right answer."""
-    calls = [(call["name"], json.dumps(call["arguments"])) for call in prompt.get("expected_tool_calls") or []]
-    return json.dumps(
-        [prompt.get("expected_reasoning") or "", prompt["expected_content"] or "", calls], ensure_ascii=False
-    )

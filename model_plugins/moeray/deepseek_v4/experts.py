@@ -65,8 +65,7 @@ class RoutedExperts:
         """
         self._weights = weights
         self._limit = swiglu_limit
-        self._tokens_LE = np.zeros((num_layers, num_experts), dtype=np.int64)
-        self._lock = threading.Lock()
+        self._counts = RowCounts(num_layers, num_experts)
         self.bytes_read = 0
         self.load_seconds = 0.0
 
@@ -84,8 +83,7 @@ class RoutedExperts:
 
         Args:
             experts_per_layer: model layer -> logical experts to hold.
-            dtype: of the matrices. None keeps the stored one; quantised experts then take the activations' dtype of
-                config.json, which holds their values exactly.
+            dtype: of the matrices; None for the activations' (`shape.dtype`), which holds quantised values exactly.
         Raises:
             CheckpointError: a file became unreadable or shorter since the checkpoint was opened.
             KeyError: a layer or expert that the checkpoint does not have.
@@ -96,10 +94,11 @@ class RoutedExperts:
         ]
         total = checkpoint.bytes_of(names)
         weights: dict[int, dict[int, ExpertWeights]] = {}
+        wanted = dtype or activation_dtype(checkpoint)
         with TensorReader() as reader:
             for layer, experts in experts_per_layer.items():
                 for expert in experts:
-                    loaded = _read_expert(reader, checkpoint, layer, expert, dtype)
+                    loaded = _read_expert(reader, checkpoint, layer, expert, wanted)
                     weights.setdefault(layer, {})[expert] = ExpertWeights(
                         loaded.w13.to(device=device), loaded.w2.to(device=device)
                     )
@@ -124,8 +123,7 @@ class RoutedExperts:
 
     def tokens(self) -> NDArray[np.int64]:
         """[num_layers, num_experts] rows computed since the start (a copy)."""
-        with self._lock:
-            return self._tokens_LE.copy()
+        return self._counts.rows()
 
     def __call__(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor) -> Tensor:
         """See `moeray.transport.interface.ExpertCompute`.
@@ -148,41 +146,71 @@ class RoutedExperts:
         for expert, begin, end in zip(active.tolist(), bounds, bounds[1:], strict=False):
             x_nD = x_TD.index_select(0, token_of_pair[begin:end])
             rows_PD.index_copy_(0, row_of_pair[begin:end], self._expert(layer, expert, x_nD))
-        self._check_finite(layer, rows_PD, experts)
-        with self._lock:
-            self._tokens_LE[layer, active] += np.diff(bounds)
+        require_finite(layer, rows_PD, experts)
+        self._counts.add(layer, experts)
         return rows_PD
 
-    def _expert(self, layer: int, expert: int, x_nD: Tensor) -> Tensor:
-        weights = self._weights.get(layer, {}).get(expert)
-        if weights is None:
-            raise ExpertError(f"expert {expert} of layer {layer} is not held here")
-        w13 = weights.w13
+    def pre_activations(self, layer: int, expert: int, x_nD: Tensor) -> Tensor:
+        """[n, 2 I] gate beside up, before the clamp.
+
+        Raises:
+            ExpertError: the expert is not held, or the activations are not of its shape and dtype.
+        """
+        w13 = self._held(layer, expert).w13
         if x_nD.dtype != w13.dtype or x_nD.shape[1] != w13.shape[1]:
             raise ExpertError(
                 f"activations are {x_nD.dtype} x {x_nD.shape[1]}, the experts {w13.dtype} x {w13.shape[1]}"
             )
-        gate_nI, up_nI = functional.linear(x_nD, w13).float().chunk(2, dim=1)
+        return functional.linear(x_nD, w13)
+
+    def _held(self, layer: int, expert: int) -> ExpertWeights:
+        weights = self._weights.get(layer, {}).get(expert)
+        if weights is None:
+            raise ExpertError(f"expert {expert} of layer {layer} is not held here")
+        return weights
+
+    def _expert(self, layer: int, expert: int, x_nD: Tensor) -> Tensor:
+        gate_nI, up_nI = self.pre_activations(layer, expert, x_nD).float().chunk(2, dim=1)
         gate_nI.clamp_(max=self._limit)
         up_nI.clamp_(-self._limit, self._limit)
-        return functional.linear(functional.silu(gate_nI).mul_(up_nI).to(x_nD.dtype), weights.w2)
+        return functional.linear(functional.silu(gate_nI).mul_(up_nI).to(x_nD.dtype), self._held(layer, expert).w2)
 
-    def _check_finite(self, layer: int, rows_PD: Tensor, experts: NDArray[np.int32]) -> None:
-        # One sum is the cheap sieve: it is finite unless a row is not (or the sum itself overflows fp32).
-        if rows_PD.sum(dtype=torch.float32).isfinite().item():
-            return
-        bad = (~rows_PD.isfinite().all(dim=1)).cpu().numpy()
-        if bad.any():
-            raise ExpertError(f"layer {layer}: experts {sorted(set(experts[bad].tolist()))} gave NaN or Inf")
+
+class RowCounts:
+    """Rows computed per layer and expert; thread-safe."""
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        self._rows_LE = np.zeros((num_layers, num_experts), dtype=np.int64)
+        self._lock = threading.Lock()
+
+    def add(self, layer: int, experts_P: NDArray[np.int32]) -> None:
+        """Count one call: the expert of every row it computed."""
+        rows_E = np.bincount(experts_P, minlength=self._rows_LE.shape[1])
+        with self._lock:
+            self._rows_LE[layer] += rows_E
+
+    def rows(self) -> NDArray[np.int64]:
+        """[num_layers, num_experts] (a copy)."""
+        with self._lock:
+            return self._rows_LE.copy()
+
+
+def require_finite(layer: int, rows_PD: Tensor, experts_P: NDArray[np.int32]) -> None:
+    """Raises ExpertError naming the experts whose rows hold NaN or Inf."""
+    # One sum is the cheap sieve: it is finite unless a row is not (or the sum itself overflows fp32).
+    if rows_PD.sum(dtype=torch.float32).isfinite().item():
+        return
+    bad_P = (~rows_PD.isfinite().all(dim=1)).cpu().numpy()
+    if bad_P.any():
+        raise ExpertError(f"layer {layer}: experts {sorted(set(experts_P[bad_P].tolist()))} gave NaN or Inf")
 
 
 def _read_expert(
-    reader: TensorReader, checkpoint: Checkpoint, layer: int, expert: int, dtype: torch.dtype | None
+    reader: TensorReader, checkpoint: Checkpoint, layer: int, expert: int, dtype: torch.dtype
 ) -> ExpertWeights:
     w1, w2, w3 = (checkpoint.expert_matrix(layer, expert, part) for part in PARTS)
     if all(matrix.scale is None for matrix in (w1, w2, w3)) and w1.weight.dtype == w3.weight.dtype:
         w13, w2_ = reader.read([w1.weight, w3.weight]), reader.read([w2.weight])
         return ExpertWeights(w13.to(dtype=dtype), w2_.to(dtype=dtype))
-    wanted = dtype or activation_dtype(checkpoint)
-    gate, down, up = (read_matrix(reader, matrix, wanted) for matrix in (w1, w2, w3))
+    gate, down, up = (read_matrix(reader, matrix, dtype) for matrix in (w1, w2, w3))
     return ExpertWeights(torch.cat((gate, up)), down)

@@ -30,7 +30,7 @@ class ModelShape:
         num_layers: decoder layers; draft (MTP) layers are not counted.
         intermediate_size: width of one routed expert.
         swiglu_limit: clamp of gate (above) and up (both sides); `math.inf` where the config sets none (0 or null).
-        dtype: torch's name of the activations' dtype ("bfloat16", "float32", ...).
+        dtype: torch's name of the activations' dtype ("bfloat16", ...); see `activations_of`.
         fp8_block: rows and columns of an FP8 weight that share a scale, where config.json says so.
         moe_layers: layer indices with routed experts, ascending.
         hash_layers: those of them that route by a token-id table.
@@ -58,6 +58,15 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The language model's keys: V4.1 nests them under `text_config`, the others have them at the top."""
     nested = config.get("text_config")
     return {**config, **nested, "model_type": config.get("model_type")} if isinstance(nested, Mapping) else dict(config)
+
+
+def activations_of(config: Mapping[str, Any]) -> str:
+    """torch's name of the dtype that a (text) config's model computes in: the one it is stored in, but for V4 in float32.
+
+    Its hyper-connections run in kernels that take 16 bits only, so float32 weights are rounded to bfloat16 as they are read.
+    """
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    return "bfloat16" if stored == "float32" and config.get("model_type") in CLAMPED_FAMILIES else stored
 
 
 def read_shape(file: Path, config: Mapping[str, Any], moe_layers: Iterable[int]) -> ModelShape:
@@ -95,7 +104,7 @@ def read_shape(file: Path, config: Mapping[str, Any], moe_layers: Iterable[int])
         top_k=top_k,
         intermediate_size=_positive_int(file, config, "moe_intermediate_size"),
         swiglu_limit=_swiglu_limit(file, config) if family in CLAMPED_FAMILIES else math.inf,
-        dtype=str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"),
+        dtype=activations_of(config),
         fp8_block=fp8_block_of(config),
         moe_layers=layers,
         hash_layers=tuple(layer for layer in layers if layer < num_hash),
