@@ -273,6 +273,36 @@ def test_a_groups_nan_is_that_calls_error_and_the_next_call_is_clean(groups: lis
         assert groups[1].ask("shards", key)[0][2] == 1
 
 
+@pytest.mark.parametrize("lie", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("bucketed", [False, True])
+def test_nan_that_a_group_does_not_notice_is_that_groups_error_and_the_next_call_is_clean(
+    groups: list[Peer], lie: float, bucketed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GlooCommunicator, "bucketed", bucketed)
+    _, addresses = serve(groups, SMALL, (4, 4), lies_about=6, lie=lie)
+    transport = connect(spec_of(SMALL), spread(SMALL, (4, 4)), addresses)
+    for num_tokens in (1, 5, 100):
+        x_TD, ids_TK, weights_TK = SMALL.batch(num_tokens)
+        ids_TK[:] = torch.tensor([0, 5], dtype=torch.int32)
+        transport.combine(transport.dispatch(0, x_TD, ids_TK, weights_TK))
+        ids_TK[-1, 1] = 6
+        weights_TK[-1, 1] = 0.0  # not even an expert without weight may lie
+        with pytest.raises(GroupFailed, match=r"group 1 failed: layer 0: experts \[6\] gave NaN or Inf"):
+            transport.combine(transport.dispatch(0, x_TD, ids_TK, weights_TK))
+    transport.close()
+
+
+def test_nan_of_the_shards_own_router_is_not_blamed_on_a_group(groups: list[Peer]) -> None:
+    x_TD, ids_TK, weights_TK = SMALL.batch(3)
+    weights_TK[1, 0] = float("nan")
+    with connected(groups, SMALL, (4, 4)) as (transport, _):
+        for subject in (transport, SMALL.oracle()):
+            with pytest.raises(TransportError, match="router's weights of this shard") as caught:
+                subject.combine(subject.dispatch(1, x_TD, ids_TK, weights_TK))
+            assert not isinstance(caught.value, GroupFailed)
+        assert_equals_oracle(transport, SMALL, (4, 90))
+
+
 def test_an_expert_that_its_group_lost_is_that_calls_error(groups: list[Peer]) -> None:
     _, addresses = serve(groups, SMALL, (4, 4), without=(5,))
     transport = connect(spec_of(SMALL), spread(SMALL, (4, 4)), addresses)

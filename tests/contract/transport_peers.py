@@ -78,14 +78,17 @@ class Model:
 
 
 def spread(model: Model, slots: tuple[int, ...], generation: int = 1) -> Placement:
-    """Experts over groups of these sizes; the second layer in reverse order."""
-    forward = tuple(range(model.num_experts))
+    """Experts over groups of these sizes, again from 0 for more slots; the second layer in reverse order."""
+    forward = tuple(slot % model.num_experts for slot in range(sum(slots)))
     return Placement(generation, model.num_experts, slots, (forward, forward[::-1]))
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """One server of a group process; `group` may serve fewer experts than its placement says."""
+    """One server of a group process; `group` may serve fewer experts than its placement says.
+
+    It lies when it returns `lie` in the rows of expert `lies_about`, and does not notice.
+    """
 
     model: Model
     placement: Placement
@@ -93,6 +96,8 @@ class ServerSettings:
     without: tuple[int, ...] = ()
     delay_s: float = 0.0
     backend: str = "gloo"
+    lies_about: int | None = None
+    lie: float = float("nan")
 
     def start(self) -> GroupServer:
         held = {
@@ -105,8 +110,13 @@ class ServerSettings:
             time.sleep(self.delay_s)
             return experts(layer, x_TD, ids_TK)
 
+        def lying(layer: int, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
+            rows_PD = experts(layer, x_TD, ids_TK)
+            rows_PD[ids_TK[ids_TK >= 0] == self.lies_about, -1] = self.lie
+            return rows_PD
+
         return GroupServer(
-            slow if self.delay_s else experts,
+            slow if self.delay_s else lying if self.lies_about is not None else experts,
             self.model.identity,
             group=self.group,
             generation=self.placement.generation,
@@ -126,8 +136,12 @@ class Peer:
 
     def ask(self, name: str, *args: Any, timeout_s: float = 60.0) -> Any:
         self.tell(name, *args)
+        return self.answer(timeout_s)
+
+    def answer(self, timeout_s: float = 60.0) -> Any:
+        """To the oldest command that was told and not answered."""
         if not self._pipe.poll(timeout_s):
-            raise TimeoutError(f"{name} was not answered")
+            raise TimeoutError(f"not answered within {timeout_s:g} s")
         ok, value = self._pipe.recv()
         if not ok:
             raise RuntimeError(value)

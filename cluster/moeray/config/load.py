@@ -64,8 +64,6 @@ def _explain(item: Mapping[str, Any]) -> str:
         near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(known)}"
         return f"{key}: unknown key; {hint}"
-    if key == "experts.num_redundant":
-        return f"{key}: must be 0 in this version (got {item['input']!r}): redundant copies are not served yet"
     return f"{key}: {item['msg'][0].lower()}{item['msg'][1:]} (got {item['input']!r})"
 
 

@@ -49,13 +49,13 @@ class ExpertsConfig:
 
     Attributes:
         num_groups: 0 leaves the experts in the shards: not split.
-        num_redundant: extra physical copies per layer.
+        num_redundant: extra physical copies of experts per layer, each in another group than the ones before it.
         num_threads: compute threads of each group on CPU, shared by the shards it serves.
         label_selector: as in AttentionConfig, `pool=experts`.
     """
 
     num_groups: CountOrZero = 2
-    num_redundant: Annotated[int, Field(strict=True, ge=0, le=0)] = 0
+    num_redundant: CountOrZero = 0
     num_threads: Count = 1
     num_cpus: Share = 0.1
     num_gpus: Share = 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 
 class Role(StrEnum):
@@ -30,6 +32,7 @@ class Member:
         address: host:port where peers reach it; empty until it is ready.
         reason: why it was lost; empty otherwise.
         generation: of an expert group, the newest one it is part of; 0 before its first.
+        identity: of the model it has loaded (see agreement.py); None before.
     """
 
     id: str
@@ -41,6 +44,12 @@ class Member:
     address: str = ""
     reason: str = ""
     generation: int = 0
+    identity: Mapping[str, Any] | None = None
+
+    @property
+    def name(self) -> str:
+        """For messages: role, number and where to look."""
+        return f"{self.role.replace('_', ' ')} {self.index} (node {self.node[:8]}, pid {self.pid})"
 
     @property
     def is_alive(self) -> bool:

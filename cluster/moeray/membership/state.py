@@ -3,6 +3,11 @@
 A generation is one agreed set of expert groups. It forms when every group number has a ready group, and a new one
 forms whenever that set has changed and is complete again. Between the loss of a group and the next generation the
 old number stays, marked incomplete: nothing may be dispatched.
+
+Only members that serve the same model share a generation. A generation of a model that was not served before (the
+first one above all) forms when at least one shard has loaded it too and no loaded shard has another one. Once it is in
+force its model stands: a group with another one cannot complete the next generation, a shard with another one is left
+out and does not hold up the others. `View.mismatches` names who and why.
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from moeray.membership.agreement import Identity, agree, disagreements
 from moeray.membership.members import Member, MemberState, Role
 
 NUM_LOST_REMEMBERED = 8
@@ -32,6 +38,7 @@ class View:
         missing: of an incomplete generation, each group that is not there and why.
         group_addresses: [N] in group order, of the current generation.
         shards: ready attention shards, id -> relay address.
+        mismatches: id -> how a member's model differs from the others'; such a member takes no part.
     """
 
     epoch: int
@@ -41,17 +48,24 @@ class View:
     missing: tuple[str, ...]
     group_addresses: tuple[str, ...]
     shards: Mapping[str, str]
+    mismatches: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Membership:
-    """The whole state. `num_groups` 0 means that experts are not remote: generation 1 forms at once."""
+    """The whole state. `num_groups` 0 means that experts are not remote: generation 1 forms at once.
+
+    Attributes:
+        groups: ids of the generation's groups, in group order.
+        served: identity of the generation's model; None before the first, and without remote groups.
+    """
 
     num_groups: int
     epoch: int = 0
     version: int = 0
     generation: int = 0
     groups: tuple[str, ...] = ()
+    served: Identity | None = None
     members: Mapping[str, Member] = field(default_factory=lambda: MappingProxyType({}))
 
     @classmethod
@@ -81,6 +95,14 @@ class Membership:
             raise MembershipError(f"expert group {id} is one too many: all {self.num_groups} group numbers are taken")
         return self._with(Member(id, role, pid, node, index, generation=generation))
 
+    def identify(self, id: str, identity: Identity) -> Membership:
+        """A process has loaded its part of this model; a group says so before it is ready, a shard before it connects.
+
+        Raises:
+            MembershipError: not a living member.
+        """
+        return self._with(replace(self._alive(id), identity=MappingProxyType(dict(identity))))._formed()
+
     def ready(self, id: str, address: str) -> Membership:
         """A process can serve at `address`."""
         return self._with(replace(self._alive(id), state=MemberState.READY, address=address))._formed()
@@ -91,20 +113,20 @@ class Membership:
 
     def drain(self, id: str) -> Membership:
         """A process finishes what it has and takes nothing new."""
-        return self._with(replace(self._alive(id), state=MemberState.DRAINING))
+        return self._with(replace(self._alive(id), state=MemberState.DRAINING))._formed()
 
     def lose(self, id: str, reason: str) -> Membership:
         """A process is gone. Losing it twice changes nothing."""
         member = self.members.get(id)
         if member is None or not member.is_alive:
             return self
-        return self._with(replace(member, state=MemberState.LOST, reason=reason))
+        return self._with(replace(member, state=MemberState.LOST, reason=reason))._formed()
 
     def forget(self, id: str) -> Membership:
         """A process left as asked: nothing remains to be shown."""
         if id not in self.members:
             return self
-        return replace(self, version=self.version + 1, members=_without(self.members, {id}))
+        return replace(self, version=self.version + 1, members=_without(self.members, {id}))._formed()
 
     @property
     def is_complete(self) -> bool:
@@ -127,7 +149,12 @@ class Membership:
                 for member in self.members.values()
                 if member.role is Role.ATTENTION_SHARD and member.state is MemberState.READY
             },
+            mismatches=self.mismatches(),
         )
+
+    def mismatches(self) -> dict[str, str]:
+        """See `View.mismatches`."""
+        return disagreements([*self._ready_groups(), *self._loaded_shards()], self.served)
 
     def _missing(self) -> tuple[str, ...]:
         missing = []
@@ -149,21 +176,46 @@ class Membership:
         surplus = set(lost[: max(0, len(lost) - NUM_LOST_REMEMBERED)])
         return replace(self, version=self.version + 1, members=_without(members, surplus))
 
+    def _ready_groups(self) -> list[Member]:
+        """In group order."""
+        groups = [member for member in self.members.values() if member.role is Role.EXPERT_GROUP]
+        return sorted((g for g in groups if g.state is MemberState.READY), key=lambda member: member.index)
+
+    def _loaded_shards(self) -> list[Member]:
+        """By number; draining ones are on their way out and have no say."""
+        shards = [member for member in self.members.values() if member.role is Role.ATTENTION_SHARD]
+        loaded = (s for s in shards if s.identity is not None and s.state in (MemberState.STARTING, MemberState.READY))
+        return sorted(loaded, key=lambda member: member.index)
+
     def _formed(self) -> Membership:
-        ready = {
-            member.index: member
-            for member in self.members.values()
-            if member.role is Role.EXPERT_GROUP and member.state is MemberState.READY
-        }
-        groups = tuple(ready[index].id for index in sorted(ready))
+        ready = self._ready_groups()
+        groups = tuple(member.id for member in ready)
         if len(groups) < self.num_groups or groups == self.groups:
             return self
-        claims = {member.generation for member in ready.values()}
+        claims = {member.generation for member in ready}
         came_back_as_they_were = not self.groups and len(claims) == 1 and claims != {0}
+        if not self._have_one_model(ready, stands=came_back_as_they_were):
+            return self
         newest = max(claims | {self.generation})
         generation = newest if came_back_as_they_were else newest + 1
-        members = {**self.members, **{member.id: replace(member, generation=generation) for member in ready.values()}}
-        return replace(self, generation=generation, groups=groups, members=MappingProxyType(members))
+        members = {**self.members, **{member.id: replace(member, generation=generation) for member in ready}}
+        return replace(
+            self,
+            version=self.version + 1,
+            generation=generation,
+            groups=groups,
+            served=ready[0].identity,
+            members=MappingProxyType(members),
+        )
+
+    def _have_one_model(self, groups: list[Member], *, stands: bool) -> bool:
+        """Whether these groups may form a generation; `stands`: they are known to have served together."""
+        if not agree(groups):
+            return False
+        if stands or (self.served is not None and groups[0].identity == self.served):
+            return True
+        shards = self._loaded_shards()
+        return bool(shards) and agree([groups[0], *shards])
 
 
 def _without(members: Mapping[str, Member], ids: set[str]) -> Mapping[str, Member]:

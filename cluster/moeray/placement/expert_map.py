@@ -4,8 +4,9 @@ Suffixes: L layers, E logical experts, S physical slots. A slot is one copy of o
 layer lie group after group, so that redundancy is more slots than experts and nothing else.
 
 Which copy serves is decided per shard, never per token: all tokens that one call of a shard sends to one expert go to
-one copy. A row's bits depend on how many rows the same call sends to the same expert (matrix products of another
-height add in another order), so spreading an expert's tokens over its copies would change answers with the placement.
+one copy. A row's bits depend on how many rows the same call sends to the same expert (measured: torch's fp32 product
+of 1 to 3 rows differs from that of 4 and more), so spreading an expert's tokens over its copies would make answers
+depend on the placement.
 """
 
 from __future__ import annotations

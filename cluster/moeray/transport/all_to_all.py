@@ -26,7 +26,7 @@ from moeray.transport.communicator import Communicator, Flight, LinkBroken, Mess
 from moeray.transport.errors import GroupFailed, PeerLost, StaleGeneration, TransportError
 from moeray.transport.interface import DispatchHandle
 from moeray.transport.packing import DevicePacker, HostPacker, Packed, Packer
-from moeray.transport.reduction import weighted_sum
+from moeray.transport.reduction import require_finite, weighted_sum
 from moeray.transport.rendezvous import ShardRendezvous
 from moeray.transport.timings import HopTimings, now_ns
 from moeray.transport.wire import STATUS_BYTES, Flags, Geometry, Header, Status, read_status
@@ -38,10 +38,17 @@ class AllToAllHandle:
 
     generation: int
     sequence: int
+    layer: int
+    expert_ids_TK: Tensor
     weights_TK: Tensor
     source_P: Tensor
     reply_rows: list[int]
     dispatched_ns: int
+
+    def group_of_pairs(self) -> Tensor:
+        """[P] whose reply holds each pair's row."""
+        ends = torch.tensor(self.reply_rows, device=self.source_P.device).cumsum(dim=0)
+        return torch.searchsorted(ends, self.source_P, right=True)
 
 
 class AllToAllTransport:
@@ -56,6 +63,7 @@ class AllToAllTransport:
         *,
         timeout_s: float,
         max_tokens: int,
+        shard: int = 0,
     ) -> None:
         self._failure: Callable[[], TransportError] | None = None
         self._placement = placement
@@ -68,7 +76,7 @@ class AllToAllTransport:
         self._pending: AllToAllHandle | None = None
         self._sequence = 0
         num_groups, device = placement.num_groups, communicator.device
-        owner_LE = np.array([placement.group_of_expert(layer) for layer in range(placement.num_layers)])
+        owner_LE = np.array([placement.group_of_expert(layer, shard) for layer in range(placement.num_layers)])
         self._packer: Packer = (
             DevicePacker(geometry, owner_LE, num_groups, device)
             if communicator.bucketed
@@ -98,7 +106,10 @@ class AllToAllTransport:
         self._timings.pack_ns += packed_at - started
         self._timings.send_ns += done - packed_at
         self._timings.tokens += len(x_TD)
-        handle = AllToAllHandle(self.generation, self._sequence, weights_TK.clone(), packed.source_P, reply_rows, done)
+        ids_TK, weights_TK = expert_ids_TK.clone(), weights_TK.clone()
+        handle = AllToAllHandle(
+            self.generation, self._sequence, layer, ids_TK, weights_TK, packed.source_P, reply_rows, done
+        )
         self._pending = handle
         return handle
 
@@ -114,7 +125,9 @@ class AllToAllTransport:
             self._poison(lambda: StaleGeneration(failure.group, failure.ours, failure.theirs))
         if failure is not None:
             raise failure
-        y_TD = weighted_sum(self._replies.index_select(0, handle.source_P), handle.weights_TK)
+        rows_PD = self._replies.index_select(0, handle.source_P)
+        y_TD = weighted_sum(rows_PD, handle.weights_TK)
+        require_finite(y_TD, rows_PD, handle.layer, handle.expert_ids_TK, handle.group_of_pairs)
         timings = self._timings
         timings.calls += 1
         timings.overlap_ns += started - handle.dispatched_ns
@@ -132,7 +145,7 @@ class AllToAllTransport:
         header = Header(self.generation, self._sequence, -1, 0, 0, 0, Flags.PROBE)
         reply_rows = [self._geometry.status_rows] * self._placement.num_groups
         nothing = torch.empty(0)
-        handle = AllToAllHandle(self.generation, self._sequence, nothing, nothing, reply_rows, 0)
+        handle = AllToAllHandle(self.generation, self._sequence, -1, nothing, nothing, nothing, reply_rows, 0)
         self._start(self._packer.blocks_with(header), reply_rows)
         self._settle(handle, timeout_s)
         failure = self._read_statuses(handle)

@@ -27,6 +27,7 @@ class TransportSpec:
 
     Attributes:
         shard: its name, for the groups' logs.
+        shard_number: which of an expert's copies serve it; see `Placement.group_of_expert`.
         backend: gloo, nccl or local.
         identity: of the model it serves.
         max_tokens: most tokens of one layer call.
@@ -40,6 +41,7 @@ class TransportSpec:
     backend: str
     identity: ModelIdentity
     max_tokens: int
+    shard_number: int = 0
     timeout_s: float = 10.0
     host: str = "127.0.0.1"
     device: str = "cpu"
@@ -62,7 +64,7 @@ def connect(
     if spec.backend == "local":
         if compute is None:
             raise TransportError("the local backend needs the experts' computation in this process")
-        return LocalTransport(placement, compute)
+        return LocalTransport(placement, compute, spec.shard_number)
     if len(addresses) != placement.num_groups:
         raise TransportError(f"{len(addresses)} addresses for a placement over {placement.num_groups} expert groups")
     if placement.num_experts != spec.identity.num_experts or placement.num_layers != spec.identity.num_layers:
@@ -85,7 +87,13 @@ def connect(
         rendezvous.close()
         raise failure or TransportError("no communicator")
     transport = AllToAllTransport(
-        communicator, rendezvous, placement, geometry, timeout_s=spec.timeout_s, max_tokens=spec.max_tokens
+        communicator,
+        rendezvous,
+        placement,
+        geometry,
+        timeout_s=spec.timeout_s,
+        max_tokens=spec.max_tokens,
+        shard=spec.shard_number,
     )
     del communicator
     try:

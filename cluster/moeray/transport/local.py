@@ -10,7 +10,7 @@ from torch import Tensor
 from moeray.placement import Placement
 from moeray.transport.errors import GroupFailed, TransportError
 from moeray.transport.interface import DispatchHandle, ExpertCompute
-from moeray.transport.reduction import weighted_sum
+from moeray.transport.reduction import require_finite, weighted_sum
 
 
 @dataclass(slots=True)
@@ -28,10 +28,12 @@ class LocalHandle:
 class LocalTransport:
     """Calls `compute` once per group with the ids of that group alone, as a distant group would be called."""
 
-    def __init__(self, placement: Placement, compute: ExpertCompute) -> None:
+    def __init__(self, placement: Placement, compute: ExpertCompute, shard: int = 0) -> None:
         self._placement = placement
         self._compute = compute
-        self._owner_LE = torch.tensor([placement.group_of_expert(layer) for layer in range(placement.num_layers)])
+        self._owner_LE = torch.tensor(
+            [placement.group_of_expert(layer, shard) for layer in range(placement.num_layers)]
+        )
 
     @property
     def generation(self) -> int:
@@ -53,7 +55,9 @@ class LocalTransport:
             tokens = mine_TK.any(dim=1)
             own_ids_TK = torch.where(mine_TK, ids_TK, -1)[tokens]
             rows_PD[mine_TK.view(-1)] = self._call(group, handle.layer, handle.x_TD[tokens], own_ids_TK)
-        return weighted_sum(rows_PD, handle.weights_TK)
+        y_TD = weighted_sum(rows_PD, handle.weights_TK)
+        require_finite(y_TD, rows_PD, handle.layer, ids_TK, lambda: owner_TK.view(-1))
+        return y_TD
 
     def _call(self, group: int, layer: int, x_TD: Tensor, expert_ids_TK: Tensor) -> Tensor:
         try:

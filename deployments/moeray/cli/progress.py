@@ -42,7 +42,7 @@ def _state() -> dict[str, Any]:
     try:
         return cluster_state()
     except CommandError:
-        return {"processes": [], "endpoints": {}, "is_complete": False, "generation": 0}
+        return {"processes": [], "endpoints": {}, "is_complete": False, "generation": 0, "mismatches": []}
 
 
 def _news(state: dict[str, Any], shown: dict[str, str]) -> list[str]:
@@ -53,6 +53,11 @@ def _news(state: dict[str, Any], shown: dict[str, str]) -> list[str]:
         line = f"{_name(process)} {stage or process['state']}{detail}"
         if shown.get(process["id"]) != line:
             shown[process["id"]] = line
+            lines.append(line)
+    for difference in state["mismatches"]:
+        line = f"{difference}: members that serve different models form no generation (same files on every node?)"
+        if shown.get(difference) != line:
+            shown[difference] = line
             lines.append(line)
     if state["generation"] and shown.get("generation") != str(state["generation"]):
         shown["generation"] = str(state["generation"])
@@ -89,5 +94,10 @@ def _reason(message: str, deployments: dict[str, Any]) -> str:
     """The last line of the innermost traceback: the typed error that a replica raised."""
     texts = [deployment.message for deployment in deployments.values() if deployment.message] or [message]
     lines: list[str] = [line.strip() for line in texts[0].splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line.split(":")[0] or "Exception" in line.split(":")[0]]
+    errors = [line for line in lines if _names_an_error(line.split(":")[0])]
     return (errors or lines or ["the application failed to start"])[-1]
+
+
+def _names_an_error(head: str) -> bool:
+    """Whether a traceback's line begins with the name of an error; ours are named for what happened."""
+    return "Error" in head or "Exception" in head or (head.startswith("moeray.") and " " not in head)

@@ -27,7 +27,8 @@ def render(state: dict[str, Any]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     head = f"model {state['model']}   generation {state['generation']}{complete}"
-    return "\n".join([head, f"HTTP  {endpoints['http']}", f"gRPC  {endpoints['grpc']}", "", *table])
+    odd = [f"not the same model: {difference}" for difference in state["mismatches"]]
+    return "\n".join([head, *odd, f"HTTP  {endpoints['http']}", f"gRPC  {endpoints['grpc']}", "", *table])
 
 
 def _row(process: dict[str, Any]) -> tuple[str, ...]:
@@ -43,11 +44,18 @@ def _row(process: dict[str, Any]) -> tuple[str, ...]:
 
 def _work(process: dict[str, Any]) -> str:
     if experts := process.get("experts"):
-        held = f"{experts['num_experts']} experts x {experts['num_layers']} layers"
+        copies = f" ({experts['num_copies']} copies)" if experts["num_copies"] else ""
+        held = f"{experts['num_experts']} experts{copies} x {experts['num_layers']} layers"
         return f"{held}, {experts['routed_tokens']} routed tokens"
     if hop := process.get("hop"):
-        return f"{hop['calls']} layer calls, {us_per_call(hop):.0f} us each"
-    return ""
+        return f"{hop['calls']} layer calls, {us_per_call(hop):.0f} us each" + _not_split(process)
+    return _not_split(process).removeprefix(", ")
+
+
+def _not_split(process: dict[str, Any]) -> str:
+    """Where a shard's experts are, if not in expert groups."""
+    where = process.get("experts_in", "expert groups")
+    return "" if where == "expert groups" else f", experts in the {where}"
 
 
 def us_per_call(hop: dict[str, Any]) -> float:

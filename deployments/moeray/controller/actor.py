@@ -17,7 +17,7 @@ import ray
 from moeray.controller.lease import LeaseServer
 from moeray.controller.settings import CONTROLLER_NAME, NAMESPACE, ControllerSettings
 from moeray.membership import Membership, MemberState, Role, View
-from moeray.placement import Placement, contiguous
+from moeray.placement import Placement
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,10 @@ class Controller:
             "lease_address": lease_address,
             "beat_s": self._settings.beat_s,
         }
+
+    async def identify(self, id: str, identity: dict[str, Any]) -> None:
+        """A member has loaded its part of this model, see Membership.identify."""
+        self._apply(lambda state: state.identify(id, identity))
 
     async def ready(self, id: str, address: str) -> None:
         self._apply(lambda state: state.ready(id, address))
@@ -89,12 +93,14 @@ class Controller:
 
     async def state(self) -> dict[str, Any]:
         """What `moeray status --json` prints, plus the generation's completeness."""
+        mismatches = self._state.mismatches()
         members = sorted(self._state.members.values(), key=lambda member: (member.role, member.index, member.id))
         return {
             "generation": self._state.generation,
             "model": self._settings.model,
             "is_complete": self._state.is_complete,
             "endpoints": self._endpoints(),
+            "mismatches": list(mismatches.values()),
             "processes": [
                 {"role": Role.CONTROLLER, "id": CONTROLLER_NAME, "pid": os.getpid(), "node": _node_id(),
                  "state": MemberState.READY},
@@ -103,6 +109,7 @@ class Controller:
                      "state": member.state, "index": member.index,
                      **({"address": member.address} if member.address else {}),
                      **({"reason": member.reason} if member.reason else {}),
+                     **({"mismatch": mismatches[member.id]} if member.id in mismatches else {}),
                      **self._reports.get(member.id, {})}
                     for member in members
                 ),
@@ -110,13 +117,7 @@ class Controller:
         }  # fmt: skip
 
     def _placement(self) -> Placement:
-        settings = self._settings
-        return contiguous(
-            generation=self._state.generation,
-            num_layers=settings.num_layers,
-            num_experts=settings.num_experts,
-            num_groups=max(1, settings.num_groups),
-        )
+        return self._settings.placement(self._state.generation)
 
     def _endpoints(self) -> dict[str, str]:
         for member in self._state.members.values():
@@ -132,6 +133,10 @@ class Controller:
 
     def _apply(self, event: Callable[[Membership], Membership]) -> None:
         before, self._state = self._state, event(self._state)
+        mismatches, known = self._state.mismatches(), before.mismatches()
+        for id, difference in mismatches.items():
+            if known.get(id) != difference:
+                logger.error("no generation with %s: %s", id, difference)
         if self._state.generation != before.generation:
             logger.info(
                 "generation %d formed: %s", self._state.generation, ", ".join(self._state.groups) or "no groups"

@@ -34,6 +34,7 @@ class ClusterMember:
         self._lease: Lease | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._address = ""
+        self._identity: dict[str, Any] | None = None
         self._report: dict[str, Any] = {}
         self.generation = 0  # of an expert group: the newest one it is part of
         self.id = serve.get_replica_context().replica_id.unique_id
@@ -49,6 +50,15 @@ class ClusterMember:
         index = await self._join()
         self._tasks.append(asyncio.create_task(self._keep_joined()))
         return index
+
+    async def identify(self, identity: dict[str, Any]) -> None:
+        """Tell which model this process has loaded; before `ready`, and for a shard before a generation can form.
+
+        Args:
+            identity: `ModelIdentity` as a mapping; empty where nothing must agree.
+        """
+        self._identity = identity
+        await self._controller.identify.remote(self.id, identity)
 
     async def ready(self, address: str) -> None:
         self._address = address
@@ -115,6 +125,8 @@ class ClusterMember:
                 await self._join()
                 if self._report:
                     await self.report(self._report)
+                if self._identity is not None:
+                    await self.identify(self._identity)
                 if self._address:
                     await self.ready(self._address)
             except (ray.exceptions.RayError, OSError, MembershipError) as error:

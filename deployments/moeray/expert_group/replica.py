@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -12,12 +13,17 @@ from moeray.config import ClusterConfig
 from moeray.controller.member import ClusterMember
 from moeray.controller.settings import ControllerSettings
 from moeray.membership import Role, View
-from moeray.placement import contiguous
 from moeray.placement.cores import cores_of
 
 if TYPE_CHECKING:
-    from moeray.deepseek_v4 import RoutedExperts
-    from moeray.transport import GroupServer
+    from collections.abc import Mapping, Sequence
+
+    import torch
+
+    from moeray.deepseek_v4 import Checkpoint, RoutedExperts
+    from moeray.deepseek_v4.experts import Progress
+    from moeray.transport import GroupServer, ModelIdentity
+    from moeray.vllm_hooks.kernel_experts import KernelExperts
 
 REPORT_S = 0.5
 
@@ -31,13 +37,15 @@ class ExpertGroup:
 
     async def __init__(self, config: ClusterConfig, model: str, settings: ControllerSettings) -> None:  # type: ignore[misc]
         self._stage = "starting"
-        self._experts: RoutedExperts | None = None
+        self._experts: RoutedExperts | KernelExperts | None = None
         self._server: GroupServer | None = None
         self._address = ""
+        self._num_copies = 0
         self._member = ClusterMember(Role.EXPERT_GROUP, settings)
         self._group = await self._member.join()
         self._member.every(REPORT_S, self._report)
-        await asyncio.to_thread(self._load, config, model, settings)
+        identity = await asyncio.to_thread(self._load, config, model, settings)
+        await self._member.identify(asdict(identity))
         await self._member.ready(self._address)
         self._member.follow(self._on_view)
 
@@ -49,36 +57,35 @@ class ExpertGroup:
         if self._server is not None:
             await asyncio.to_thread(self._server.stop)
 
-    def _load(self, config: ClusterConfig, model: str, settings: ControllerSettings) -> None:
+    def _load(self, config: ClusterConfig, model: str, settings: ControllerSettings) -> ModelIdentity:
         """Read this group's experts and listen. Blocks; the imports alone take seconds."""
         on_gpu = config.experts.num_gpus > 0
         if not on_gpu:
             _take_cores(config, self._group)
         import torch
 
-        from moeray.deepseek_v4 import Checkpoint, RoutedExperts
+        from moeray.deepseek_v4 import Checkpoint
         from moeray.deepseek_v4.source import locate
         from moeray.transport import GroupServer, ModelIdentity
 
         torch.set_num_threads(config.experts.num_threads)
         checkpoint = Checkpoint.open(locate(model))
         shape = checkpoint.shape
-        placement = contiguous(
-            generation=0, num_layers=shape.num_layers, num_experts=shape.num_experts, num_groups=settings.num_groups
-        )
+        placement = settings.placement(generation=0)
         held = {layer: placement.experts_of_group(self._group, layer) for layer in shape.moe_layers}
+        self._num_copies = len(placement.copies_in_group(self._group, shape.moe_layers[0]))
         device = torch.device("cuda" if on_gpu else "cpu")
-        self._experts = RoutedExperts.load(checkpoint, held, self._on_progress, device=device)
+        self._experts = _load_experts(checkpoint, held, self._on_progress, device)
+        identity = ModelIdentity(
+            fingerprint=checkpoint.fingerprint(), hidden_size=shape.hidden_size, top_k=shape.top_k,
+            num_experts=shape.num_experts, num_layers=shape.num_layers, dtype=shape.dtype,
+        )  # fmt: skip
         self._server = GroupServer(
-            self._experts,
-            ModelIdentity(
-                fingerprint=checkpoint.fingerprint(), hidden_size=shape.hidden_size, top_k=shape.top_k,
-                num_experts=shape.num_experts, num_layers=shape.num_layers, dtype=shape.dtype,
-            ),
-            group=self._group, generation=0, host=ray.util.get_node_ip_address(),
+            self._experts, identity, group=self._group, generation=0, host=ray.util.get_node_ip_address(),
             backend=config.transport.backend, device=str(device),
         )  # fmt: skip
         self._address = self._server.start()
+        return identity
 
     def _on_progress(self, bytes_read: int, bytes_total: int) -> None:
         self._stage = f"loading experts: {bytes_read / 2**20:.0f} of {bytes_total / 2**20:.0f} MiB"
@@ -95,14 +102,29 @@ class ExpertGroup:
         held = self._experts.held
         return {
             "experts": {
+                "kernel": self._experts.kernel,
                 "num_layers": len(held),
                 "num_experts": len(next(iter(held.values()))),
+                "num_copies": self._num_copies,
                 "held": held,
                 "bytes": self._experts.bytes_read,
                 "routed_tokens": int(tokens.sum()),
                 "tokens_per_layer": {layer: tokens[layer].tolist() for layer in held},
             }
         }
+
+
+def _load_experts(
+    checkpoint: Checkpoint, held: Mapping[int, Sequence[int]], on_progress: Progress, device: torch.device
+) -> RoutedExperts | KernelExperts:
+    """On CPU the values in plain products, on a GPU the stored weights on vLLM's kernels; neither is a fallback."""
+    if device.type == "cpu":
+        from moeray.deepseek_v4 import RoutedExperts
+
+        return RoutedExperts.load(checkpoint, held, on_progress)
+    from moeray.vllm_hooks.kernel_experts import KernelExperts
+
+    return KernelExperts.load(checkpoint, held, on_progress, device=device)
 
 
 def _take_cores(config: ClusterConfig, group: int) -> None:

@@ -37,7 +37,7 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ({"attention": {"num_shards": "2"}}, "attention.num_shards: .*integer"),
         ({"ingress": {"http_port": True}}, "ingress.http_port: .*integer"),
         ({"ingress": {"grpc_port": 70000}}, "ingress.grpc_port: .*65535"),
-        ({"experts": {"num_redundant": 1}}, "experts.num_redundant: must be 0 in this version"),
+        ({"experts": {"num_redundant": -1}}, r"experts.num_redundant: .*greater than or equal to 0 \(got -1\)"),
         ({"transport": {"backend": "tcp"}}, "transport.backend: .*'gloo', 'nccl' or 'local'"),
         ({"transport": {"timeout_s": float("nan")}}, "transport.timeout_s: .*finite"),
         ({"model": ""}, "model: .*at least 1 character"),

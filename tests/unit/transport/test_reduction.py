@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from moeray.transport.reduction import weighted_sum
+from moeray.transport.errors import GroupFailed
+from moeray.transport.reduction import require_finite, weighted_sum
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -41,3 +44,29 @@ def test_its_arguments_stay_as_they_are() -> None:
     weighted_sum(rows_PD, weights_TK)
     assert torch.equal(rows_PD, copies[0])
     assert torch.equal(weights_TK, copies[1])
+
+
+def test_finite_rows_pass_although_their_sum_leaves_fp32() -> None:
+    rows_PD = torch.full((4, 8), 3e38)
+    y_TD = weighted_sum(rows_PD, torch.ones(4, 1))
+    assert not y_TD.sum(dtype=torch.float32).isfinite()
+    require_finite(y_TD, rows_PD, 0, torch.zeros(4, 1, dtype=torch.int32), lambda: torch.zeros(4, dtype=torch.int64))
+
+
+def test_the_first_group_with_a_bad_row_is_named_with_its_experts_only() -> None:
+    rows_PD = torch.ones(6, 4)
+    rows_PD[[1, 2, 5], 3] = torch.tensor([float("nan"), float("inf"), float("nan")])
+    ids_TK = torch.tensor([[7, 3], [4, 7], [1, 2]], dtype=torch.int32)
+    groups_P = torch.tensor([2, 1, 2, 2, 0, 1])
+    y_TD = weighted_sum(rows_PD, torch.ones(3, 2))
+    with pytest.raises(GroupFailed, match=r"group 1 failed: layer 9: experts \[2, 3\] gave NaN"):
+        require_finite(y_TD, rows_PD, 9, ids_TK, lambda: groups_P)
+
+
+@given(st.integers(0, 5), st.integers(0, 7), st.sampled_from([float("nan"), float("inf"), float("-inf")]))
+def test_one_bad_value_anywhere_is_found_whatever_its_weight(pair: int, column: int, value: float) -> None:
+    rows_PD = torch.randn(6, 8).to(torch.bfloat16)
+    rows_PD[pair, column] = value
+    y_TD = weighted_sum(rows_PD, torch.zeros(3, 2))
+    with pytest.raises(GroupFailed):
+        require_finite(y_TD, rows_PD, 0, torch.zeros(3, 2, dtype=torch.int32), lambda: torch.zeros(6).long())

@@ -1,0 +1,62 @@
+"""What is found wrong before anything is started."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moeray.cli import preflight
+from moeray.cli.errors import CommandError
+from moeray.config import ConfigError, parse_config
+
+GIB = 2**30
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """A dense model's directory without weights."""
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    return tmp_path
+
+
+def config(model: Path, num_groups: int = 0, **engine_args: Any) -> Any:
+    attention = {"num_shards": 1, "engine_args": engine_args}
+    return parse_config({"model": str(model), "attention": attention, "experts": {"num_groups": num_groups}})
+
+
+@pytest.fixture(autouse=True)
+def _free_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "_check_ports", lambda _: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def test_a_model_that_only_vllm_reads_needs_no_checkpoint_of_the_family(llama: Path) -> None:
+    preflight.preflight(config(llama))
+
+
+def test_a_model_without_experts_is_not_split(llama: Path) -> None:
+    with pytest.raises(ConfigError, match=r"experts\.num_groups: .*no routed experts; set 0"):
+        preflight.preflight(config(llama, num_groups=2))
+
+
+def test_a_missing_tokenizer_is_named(llama: Path) -> None:
+    (llama / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"tokenizer\.json is missing"):
+        preflight.preflight(config(llama))
+
+
+def test_every_worker_of_a_shard_has_a_kv_cache(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "_available_bytes", lambda: 10 * GIB)
+    preflight.preflight(config(llama, kv_cache_memory_bytes=4 * GIB))
+    with pytest.raises(CommandError, match="too little memory"):
+        preflight.preflight(config(llama, kv_cache_memory_bytes=4 * GIB, tensor_parallel_size=2))
+
+
+@pytest.mark.parametrize("size", [0, "2", None])
+def test_a_parallel_size_that_is_no_count_is_refused(llama: Path, size: Any) -> None:
+    with pytest.raises(ConfigError, match="parallel sizes must be whole numbers"):
+        preflight.preflight(config(llama, tensor_parallel_size=size))
