@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 # What `make test` runs, in the order of the arguments: the cheapest news first.
-TESTS ?= tests/unit tests/contract tests/integration tests/e2e
+TESTS ?= tests/unit tests/contract tests/correctness tests/integration tests/e2e
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+REPORT_ARGS ?=
 # How uv finds torch's CPU build when it resolves; empty where UV_FIND_LINKS or UV_INDEX already has it.
 UV_TORCH ?= --torch-backend cpu
 
@@ -12,7 +13,7 @@ CODE := cluster model_plugins deployments scripts tests benchmarks
 BIN := $(abspath $(VENV))/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint fmt types imports fast-test bench tiny-model proto wheel lock clean
+.PHONY: help setup demo test test-full correctness check lint fmt types imports fast-test bench tiny-model proto wheel lock clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +26,12 @@ demo: setup  ## Start the embedded cluster, ask it over gRPC and HTTP, print, st
 
 test: setup  ## All CPU tests (TESTS=path narrows, PYTEST_ARGS adds)
 	$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
+
+test-full: setup  ## All CPU tests and the whole correctness matrix, with times (about an hour on 2 cores)
+	$(BIN)/python -m pytest $(TESTS) -m "full or not full" --durations=25 $(PYTEST_ARGS)
+
+correctness: setup  ## Measure docs/correctness.md anew (half an hour; REPORT_ARGS="--only parity" for a part)
+	$(BIN)/python tests/correctness/report.py $(REPORT_ARGS)
 
 check: lint types imports fast-test  ## What must pass before a commit: lint, types, imports, unit and contract tests
 

@@ -1,6 +1,6 @@
 """Checkpoints of the published shapes without their bytes: true config.json, headers and index over sparse files.
 
-A reader of headers cannot tell them from the real ones; reading a weight gives zeros. Shapes: DeepSeek-V4-Flash, V4-Pro,
+A reader of headers cannot tell them from real ones; reading a weight gives zeros. Shapes: DeepSeek-V4-Flash, V4-Pro,
 V4.1-Flash, and a model of 10^12 parameters with top-16 routing and Engram on a V4 body, which nobody has published.
 """
 

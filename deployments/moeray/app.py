@@ -25,9 +25,11 @@ from moeray.config import (
 )
 from moeray.controller.settings import controller_settings
 from moeray.deepseek_v4.checkpoint import Checkpoint
+from moeray.deepseek_v4.shape import ModelShape
 from moeray.deepseek_v4.source import locate
 from moeray.expert_group.replica import ExpertGroup
 from moeray.ingress.replica import Ingress
+from moeray.vllm_hooks.served_model import ExpertsIn, ServedModel, describe_model, experts_in
 
 APP_NAME = "moeray"
 
@@ -42,7 +44,7 @@ def build(config: ClusterConfig | Mapping[str, Any] | str | None = None) -> Appl
     """
     config = _checked(config)
     directory = locate(config.model)
-    settings = controller_settings(config, Checkpoint.open(directory).shape)
+    settings = controller_settings(config, _shape(config, directory))
     # A directory is the same path on every node; a bundled model or a hub id is found by each node for itself.
     model = str(directory) if Path(config.model).expanduser().is_dir() else config.model
     arguments = (config, model, settings)
@@ -51,6 +53,12 @@ def build(config: ClusterConfig | Mapping[str, Any] | str | None = None) -> Appl
     if settings.num_groups:
         pools.append(_pool(ExpertGroup, "experts", experts.num_groups, experts).bind(*arguments))
     return _pool(Ingress, "ingress", ingress.num_replicas, ingress).bind(*arguments, *pools)
+
+
+def _shape(config: ClusterConfig, directory: Path) -> ModelShape | ServedModel:
+    """The model's shape: from its weight files where moeray reads experts, from config.json where only vLLM does."""
+    model = describe_model(directory)
+    return model if experts_in(config, model) is ExpertsIn.VLLM else Checkpoint.open(directory).shape
 
 
 def _checked(config: ClusterConfig | Mapping[str, Any] | str | None) -> ClusterConfig:

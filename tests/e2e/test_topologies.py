@@ -45,8 +45,14 @@ def reference(shared_cluster: Cluster, golden: list[dict[str, Any]]) -> list[str
 
 @pytest.mark.parametrize(
     ("shards", "groups", "backend"),
-    [(1, 1, "gloo"), (1, 2, "gloo"), (2, 4, "gloo"), (1, 2, "local")],
-    ids=["1x1", "1x2", "2x4", "local"],
+    [
+        (1, 1, "gloo"),
+        (1, 2, "gloo"),
+        (2, 4, "gloo"),
+        pytest.param(1, 2, "local", marks=pytest.mark.full),
+        (1, 0, "gloo"),  # the same experts in the shard as `local`
+    ],
+    ids=["1x1", "1x2", "2x4", "local", "not-split"],
 )
 def test_answers_and_logprobs_are_byte_equal_to_2x2(
     shards: int, groups: int, backend: str, reference: list[str], golden: list[dict[str, Any]]

@@ -62,7 +62,7 @@ class ShardEngine:
             raise EngineLost(code, reason) from error
 
     async def call_worker(self, method: str, *args: Any) -> Any:
-        """One call of the worker extension, between engine steps.
+        """One call of the worker extension, between engine steps; where vLLM has several workers, the first's answer.
 
         Raises:
             Exception: what the method raised, as text; vLLM carries no type across.
@@ -97,7 +97,7 @@ def start_engine(spec: ShardSpec, progress: Callable[[str], None]) -> ShardEngin
 
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # now: vLLM's CPU platform sets spawn with the configuration
     last_words = watch_engine_child()
-    progress("loading model")
+    progress("loading model" if spec.engine["moeray"] is not None else "loading model, experts in vLLM")
     try:
         client = EngineCoreClient.make_async_mp_client(
             vllm_config=config, executor_class=Executor.get_class(config), log_stats=True
@@ -110,9 +110,7 @@ def start_engine(spec: ShardSpec, progress: Callable[[str], None]) -> ShardEngin
 
 
 def _configure(spec: ShardSpec, progress: Callable[[str], None]) -> VllmConfig:
-    from vllm.usage.usage_lib import UsageContext
-
-    from moeray.vllm_hooks.engine_args import shard_engine_args
+    from moeray.vllm_hooks.engine_args import engine_config, shard_engine_args
 
     progress("reading the configuration")
-    return shard_engine_args(**spec.engine).create_engine_config(UsageContext.API_SERVER)
+    return engine_config(shard_engine_args(**spec.engine))

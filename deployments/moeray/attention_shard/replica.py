@@ -23,6 +23,7 @@ from moeray.controller.settings import ControllerSettings
 from moeray.deepseek_v4.source import locate
 from moeray.membership import Role, View
 from moeray.placement.cores import cores_of
+from moeray.vllm_hooks.served_model import ExpertsIn, describe_model, experts_in
 from moeray.vllm_hooks.settings import ShardSettings
 
 logger = logging.getLogger(__name__)
@@ -41,13 +42,18 @@ class AttentionShard:
         self._generation = 0
         self._is_ready = False
         self._weights: dict[str, int] = {}
+        self._experts_in = ExpertsIn.GROUPS
         self._member = ClusterMember(Role.ATTENTION_SHARD, settings)
         index = await self._member.join()
         self._member.every(REPORT_S, self._report)
-        self._child = await ShardProcess.start(_spec(config, str(locate(model)), settings, index), self._set_stage)
+        spec, self._experts_in = _spec(config, locate(model), settings, index)
+        logger.info("%s: experts are computed in the %s", spec.shard, self._experts_in)
+        self._child = await ShardProcess.start(spec, self._set_stage)
         self._channel = grpc.aio.insecure_channel(self._child.address, options=wire.CHANNEL_OPTIONS)
-        self._weights = _summary((await self._info(tensors=True)).tensors or {})
+        tensors = (await self._info(tensors=True)).tensors or {}
+        self._weights = _summary(tensors)
         self._reaper = asyncio.create_task(self._reap(self._child))
+        await self._member.identify(tensors["identity"])
         self._member.follow(self._on_view)
 
     async def check_health(self) -> None:
@@ -79,10 +85,11 @@ class AttentionShard:
     async def _on_view(self, view: View) -> None:
         if self._child is None or self._lost:
             return
-        if not view.is_complete:
+        mismatch = view.mismatches.get(self._member.id)
+        if mismatch is not None or not view.is_complete:
+            self._stage = f"left out, serves another model: {mismatch}" if mismatch else "waiting for expert groups"
             if self._is_ready:
                 self._is_ready = False
-                self._stage = "waiting for expert groups"
                 await self._member.unready()
             return
         if view.generation != self._generation:
@@ -97,6 +104,9 @@ class AttentionShard:
         Raises:
             grpc.aio.AioRpcError: a group did not answer or refused; it is tried again until the view changes.
         """
+        if self._experts_in is ExpertsIn.VLLM:  # nothing leaves the engine: there is nothing to connect
+            self._generation = view.generation
+            return
         self._stage = f"connecting to {len(view.group_addresses)} expert groups"
         placement = await self._member.placement()
         if placement["generation"] != view.generation:
@@ -117,6 +127,7 @@ class AttentionShard:
         info = await self._info()
         return {
             "stage": self._stage,
+            "experts_in": str(self._experts_in),
             "shard_pid": info.pid,
             "engine_pid": info.engine_pid,
             "running": info.num_running,
@@ -137,26 +148,33 @@ def _summary(tensors: dict[str, Any]) -> dict[str, int]:
     }
 
 
-def _spec(config: ClusterConfig, directory: str, settings: ControllerSettings, index: int) -> ShardSpec:
+def _spec(
+    config: ClusterConfig, directory: Path, settings: ControllerSettings, index: int
+) -> tuple[ShardSpec, ExpertsIn]:
+    """What this replica's shard process is told, and where its experts are."""
+    place = experts_in(config, describe_model(directory))
     num_processes = config.attention.num_shards + settings.num_groups
     on_gpu = config.attention.num_gpus > 0
     host = ray.util.get_node_ip_address()
     shard = ShardSettings(
         shard=f"shard-{index}",
+        number=index,
         backend=config.backend,
-        checkpoint=Path(directory),
+        checkpoint=directory,
         timeout_s=config.transport.timeout_s,
         host=host,
     )
-    return ShardSpec(
+    spec = ShardSpec(
         shard=shard.shard,
         host=host,
         num_threads=config.attention.num_threads,
         cpus=None if on_gpu else cores_of(index, num_processes, sorted(os.sched_getaffinity(0))),
         engine={
-            "model": directory,
+            "model": str(directory),
             "model_name": settings.model,
             "engine_args": config.attention.engine_args,
-            "moeray": shard.to_json(),
+            "moeray": None if place is ExpertsIn.VLLM else shard.to_json(),
         },
+        wait_for_connect=place is not ExpertsIn.VLLM,
     )
+    return spec, place

@@ -11,6 +11,7 @@ from moeray.controller.settings import ControllerSettings
 from moeray.deepseek_v4.source import locate
 from moeray.ingress.server import IngressServer, IngressSettings
 from moeray.membership import Role, View
+from moeray.vllm_hooks.served_model import describe_model, experts_in
 
 STOP_GRACE_S = 5.0
 
@@ -23,7 +24,7 @@ class Ingress:
         self._member = ClusterMember(Role.INGRESS, settings)
         index = await self._member.join()
         await self._member.report({"stage": "importing vLLM"})
-        directory = str(locate(model))
+        directory = locate(model)
         ingress = config.ingress
         self._server = IngressServer(
             IngressSettings(
@@ -31,7 +32,12 @@ class Ingress:
                 host=ingress.host,
                 http_port=ingress.http_port,
                 grpc_port=ingress.grpc_port,
-                front={"model": directory, "model_name": settings.model, "engine_args": config.attention.engine_args},
+                front={
+                    "model": str(directory),
+                    "model_name": settings.model,
+                    "engine_args": config.attention.engine_args,
+                    "experts_in": experts_in(config, describe_model(directory)),
+                },
             )
         )
         await self._server.start()
@@ -56,6 +62,8 @@ class Ingress:
 
 
 def _why_incomplete(view: View) -> str:
+    if view.mismatches:
+        return f"not all processes serve the same model: {'; '.join(view.mismatches.values())}"
     if not view.generation:
         return "the expert groups are still starting"
     return f"lost: {', '.join(view.missing)}; generation {view.generation} is incomplete until the group is back"

@@ -26,13 +26,11 @@ class IngressSettings:
     Attributes:
         name: id of this ingress, in log lines of shards.
         front: keyword arguments of `moeray.vllm_hooks.engine_args.front_engine_args`.
-        parser: vLLM's tool-call and reasoning parser; None for models without one.
         http_port, grpc_port: 0 takes a free port.
     """
 
     name: str
     front: dict[str, Any]
-    parser: str | None = "deepseek_v4"
     host: str = "127.0.0.1"
     http_port: int = 8000
     grpc_port: int = 50051
@@ -116,7 +114,7 @@ class IngressServer:
 
     async def _start_front(self) -> None:
         from moeray.attention_shard import link as wire
-        from moeray.vllm_hooks.front import build_front, front_config, handshake
+        from moeray.vllm_hooks.front import build_front, front_config, front_dialect, handshake
         from moeray.vllm_hooks.heavy_imports import uncollected
 
         with uncollected():
@@ -126,7 +124,8 @@ class IngressServer:
             vllm, model = handshake(vllm_config)
             hello = wire.Hello(wire.PROTOCOL_VERSION, vllm, model, f"ingress {self.settings.name}")
             self._pool = ShardPool(hello)
-            self._front = await build_front(self._pool, engine_args, vllm_config, parser=self.settings.parser)
+            dialect = front_dialect(self.settings.front, engine_args)
+            self._front = await build_front(self._pool, engine_args, vllm_config, dialect=dialect)
 
     async def _start_http(self, listener: socket.socket) -> None:
         from moeray.ingress.http_server import add_health, start_http

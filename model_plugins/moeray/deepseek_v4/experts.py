@@ -117,6 +117,11 @@ class RoutedExperts:
         return {layer: tuple(sorted(experts)) for layer, experts in self._weights.items()}
 
     @property
+    def kernel(self) -> str:
+        """What computes the products."""
+        return "torch"
+
+    @property
     def weight_bytes(self) -> int:
         """Memory of the matrices."""
         return sum(each.w13.nbytes + each.w2.nbytes for layer in self._weights.values() for each in layer.values())

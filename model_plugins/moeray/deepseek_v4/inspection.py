@@ -33,6 +33,7 @@ _ROLES = tuple(
     }.items()
 )
 ROUTED, DRAFT, OTHER = "routed experts", "draft layers", "other"
+_NOT_HELD = (DRAFT, "Engram tables", "vision")
 # What vLLM's CPU kernels for V4 are built for; everything else may have any size.
 _CPU_KERNELS: Mapping[str, tuple[int, ...]] = {
     "head_dim": (512,),
@@ -111,6 +112,17 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
         problems=(*problems, *_missing_files(checkpoint)),
         cpu_problems=tuple(_cpu_problems(checkpoint)),
     )
+
+
+def value_bytes(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Memory on CPU, where quantised weights are held as values of two bytes: (all but routed experts, routed experts).
+
+    Engram tables are mapped, draft layers and vision are not read: they count for nothing.
+    """
+    roles = inspect(checkpoint).roles
+    held = {name: max(role.num_bytes, 2 * role.num_values) for name, role in roles.items() if name not in _NOT_HELD}
+    experts = held.pop(ROUTED, 0)
+    return sum(held.values()), experts
 
 
 def role_of(checkpoint: Checkpoint, name: str) -> str:

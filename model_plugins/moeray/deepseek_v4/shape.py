@@ -61,9 +61,9 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def activations_of(config: Mapping[str, Any]) -> str:
-    """torch's name of the dtype that a (text) config's model computes in: the one it is stored in, but for V4 in float32.
+    """torch's name of the dtype that a (text) config's model computes in: what config.json says, but for V4 in float32.
 
-    Its hyper-connections run in kernels that take 16 bits only, so float32 weights are rounded to bfloat16 as they are read.
+    Its hyper-connections run in kernels that take 16 bits only: float32 weights are rounded to bfloat16 when read.
     """
     stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     return "bfloat16" if stored == "float32" and config.get("model_type") in CLAMPED_FAMILIES else stored

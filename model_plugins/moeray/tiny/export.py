@@ -69,8 +69,8 @@ def native_name(training_name: str) -> str:
     return name
 
 
-def native_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Turn a training ``state_dict`` into DeepSeek-named tensors with the dtypes that are stored."""
+def native_state(state: dict[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """Turn a training ``state_dict`` into DeepSeek-named tensors, stored as ``dtype`` where DeepSeek keeps no fp32."""
     out: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name.endswith("experts.gate_up_proj"):
@@ -82,15 +82,15 @@ def native_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
             out.update({f"{prefix}{e}.w2.weight": down for e, down in enumerate(tensor)})
         else:
             out[native_name(name)] = tensor
-    return {name: _stored(name, tensor) for name, tensor in sorted(out.items())}
+    return {name: _stored(name, tensor, dtype) for name, tensor in sorted(out.items())}
 
 
-def _stored(name: str, tensor: Tensor) -> Tensor:
+def _stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     # clone: chunks of the fused expert tensors share memory, which safetensors refuses
     tensor = tensor.detach().clone().contiguous()
     if name.endswith("tid2eid"):
         return tensor.to(torch.int64)
-    return tensor.to(torch.float32 if FP32_PATTERN.search(name) else torch.bfloat16)
+    return tensor.to(torch.float32 if FP32_PATTERN.search(name) else dtype)
 
 
 def training_state(native: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:

@@ -1,4 +1,7 @@
-"""vLLM's engine arguments for a shard and for the front: our defaults, the user's wishes, and what only we may set."""
+"""vLLM's engine arguments for a shard and for the front: our defaults, the user's wishes, and what only we may set.
+
+A shard whose experts are computed by vLLM itself (`ExpertsIn.VLLM`) is plain vLLM: any model, vLLM's own parallelism.
+"""
 
 from __future__ import annotations
 
@@ -6,32 +9,36 @@ from collections.abc import Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from moeray.config import ConfigError
+from moeray.deepseek_v4.shape import UNCLAMPED_FAMILIES
 from moeray.vllm_hooks import plugin
+from moeray.vllm_hooks.served_model import ExpertsIn, ServedModel, describe_model
 from moeray.vllm_hooks.settings import ADDITIONAL_CONFIG_KEY, ShardSettings
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
 
 USER_KEY = "attention.engine_args"
 WORKER_EXTENSION = "moeray.vllm_hooks.worker.WorkerExtension"
 EXECUTOR = "moeray.vllm_hooks.executor.ShardExecutor"
 LOAD_FORMAT = "moeray"
+MAX_REASON = 400
+
+MAX_MODEL_LEN = 4096
+"""Default context. The model's own may be a million tokens, for which the default KV cache has no room."""
 
 # What the front and the shards must agree on, or the front would accept what a shard refuses.
-_COMMON_DEFAULTS: Mapping[str, Any] = {
-    "tokenizer_mode": "deepseek_v4",
-    "reasoning_parser": "deepseek_v4",
-    "disable_log_stats": True,
-    "max_model_len": 4096,
-    "seed": 0,
-}
+_COMMON_DEFAULTS: Mapping[str, Any] = {"disable_log_stats": True, "seed": 0}
+
 # A step of 512 tokens keeps a decoding request's pause behind somebody's long prompt short; 256 MiB hold about eleven
 # requests of 4096 tokens of the bundled model (vLLM logs the exact number at start).
 _CPU_DEFAULTS: Mapping[str, Any] = {
-    "dtype": "bfloat16",
     "enforce_eager": True,
     "max_num_seqs": 16,
     "max_num_batched_tokens": 512,
@@ -40,31 +47,66 @@ _CPU_DEFAULTS: Mapping[str, Any] = {
     "enable_chunked_prefill": True,
     "async_scheduling": False,
 }
+# The reference MLA kernels: with AMX vLLM would take others, which know bfloat16 only and have not been run here.
+_CPU_MLA_DEFAULTS: Mapping[str, Any] = {"attention_backend": "CPU_MLA"}
+# vLLM's FP8 linear layers ask for AMX on CPU: a shard there computes with the values of quantised tensors (loader.py).
+_PLAIN_LAYERS_ON_CPU: Mapping[str, Any] = {"quantization_config": None}
 # FULL graphs would leave the hop out of a replay without any error (see remote_experts.py).
-_GPU_DEFAULTS: Mapping[str, Any] = {"compilation_config": {"cudagraph_mode": "PIECEWISE"}}
+_GPU_HOP_DEFAULTS: Mapping[str, Any] = {"compilation_config": {"cudagraph_mode": "PIECEWISE"}}
 
 _OURS: Mapping[str, str] = {
     "model": "it is `model` of cluster.yaml",
     "served_model_name": "it is `model` of cluster.yaml",
     "tokenizer": "it comes with the model",
     "skip_tokenizer_init": "the ingress tokenises",
-    "load_format": "a shard reads everything but the routed experts",
     "worker_extension_cls": "it connects the shard to its expert groups",
     "worker_cls": "it connects the shard to its expert groups",
-    "distributed_executor_backend": "a shard is one process",
     "additional_config": "it carries the shard's settings",
     "data_parallel_size": "raise attention.num_shards instead",
+    "speculative_config": "draft tokens are not supported in this version",
+}
+# Where experts leave vLLM: with experts.num_groups 0 and a model that vLLM runs whole these are the user's.
+_OURS_WITH_HOP: Mapping[str, str] = {
+    "dtype": "expert groups compute in the checkpoint's own, and so must the shards",
+    "load_format": "a shard reads everything but the routed experts",
+    "distributed_executor_backend": "a shard is one process",
     "tensor_parallel_size": "a shard is one process in this version",
     "pipeline_parallel_size": "a shard is one process in this version",
+    "prefill_context_parallel_size": "a shard is one process in this version",
+    "decode_context_parallel_size": "a shard is one process in this version",
     "enable_expert_parallel": "raise experts.num_groups instead",
     "enable_eplb": "the placement belongs to the controller",
     "enable_dbo": "vLLM's own overlap needs its expert parallelism",
-    "speculative_config": "draft tokens are not supported in this version",
 }
+# Measured on vLLM 0.32: its workers end with a segmentation fault in `cpu_fused_moe` at the first token.
+_NOT_ON_CPU: Mapping[str, str] = {
+    "enable_expert_parallel": "vLLM's CPU kernels cannot do it; tensor_parallel_size alone they can"
+}
+# How a shard is laid out over processes and devices: the front has neither.
+_ONLY_OF_SHARDS = (
+    "load_format",
+    "distributed_executor_backend",
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "prefill_context_parallel_size",
+    "decode_context_parallel_size",
+    "enable_expert_parallel",
+    "enable_eplb",
+    "eplb_config",
+    "enable_dbo",
+    "all2all_backend",
+    "expert_placement_strategy",
+)
+TOOL_PARSER = "tool_call_parser"
+"""Of `vllm serve` and not of its engine, but chosen together with `reasoning_parser`; only the front reads it."""
 
 
 def shard_engine_args(
-    *, model: Path | str, model_name: str, engine_args: Mapping[str, Any], moeray: ShardSettings | Mapping[str, Any]
+    *,
+    model: Path | str,
+    model_name: str,
+    engine_args: Mapping[str, Any],
+    moeray: ShardSettings | Mapping[str, Any] | None,
 ) -> AsyncEngineArgs:
     """Arguments of a shard's engine; loads the plugin.
 
@@ -72,65 +114,141 @@ def shard_engine_args(
         model: checkpoint directory.
         model_name: what clients call it.
         engine_args: `attention.engine_args` of cluster.yaml; they win over our defaults.
-        moeray: the shard's settings, or their `to_json`.
+        moeray: the shard's settings, or their `to_json`; None for plain vLLM.
     Raises:
         ConfigError: an unknown argument, one that is ours to set, or one that the hop cannot work with.
     """
+    described = describe_model(Path(model))
+    if moeray is None:
+        plain = {"worker_extension_cls": WORKER_EXTENSION}
+        if _is_one_process(engine_args):
+            plain["distributed_executor_backend"] = EXECUTOR
+        return _build(described, model_name, engine_args, ExpertsIn.VLLM, plain)
     settings = moeray if isinstance(moeray, ShardSettings) else ShardSettings.from_json(moeray)
-    return _build(
-        model,
-        model_name,
-        engine_args,
-        load_format=LOAD_FORMAT,
-        worker_extension_cls=WORKER_EXTENSION,
-        distributed_executor_backend=EXECUTOR,
-        additional_config={ADDITIONAL_CONFIG_KEY: settings.to_json()},
-    )
+    ours = {
+        "load_format": LOAD_FORMAT,
+        "worker_extension_cls": WORKER_EXTENSION,
+        "distributed_executor_backend": EXECUTOR,
+        "additional_config": {ADDITIONAL_CONFIG_KEY: settings.to_json()},
+    }
+    place = ExpertsIn.SHARD if settings.backend == "local" else ExpertsIn.GROUPS
+    return _build(described, model_name, engine_args, place, ours)
 
 
-def front_engine_args(*, model: Path | str, model_name: str, engine_args: Mapping[str, Any]) -> AsyncEngineArgs:
+def front_engine_args(
+    *,
+    model: Path | str,
+    model_name: str,
+    engine_args: Mapping[str, Any],
+    experts_in: ExpertsIn = ExpertsIn.GROUPS,
+) -> AsyncEngineArgs:
     """Arguments of the ingress' front, which has no engine: the shards' limits and parsers.
 
     Raises:
         ConfigError: as for a shard.
     """
-    return _build(model, model_name, engine_args)
+    check_engine_args(engine_args, experts_in)
+    kept = {key: value for key, value in engine_args.items() if key not in _ONLY_OF_SHARDS}
+    return _build(describe_model(Path(model)), model_name, kept, experts_in, {})
 
 
-def check_engine_args(wanted: Mapping[str, Any]) -> None:
+def engine_config(engine_args: AsyncEngineArgs) -> VllmConfig:
+    """vLLM's configuration, which reads the model's files.
+
+    Raises:
+        ConfigError: vLLM does not know the architecture, or cannot serve it with these arguments.
+    """
+    from vllm.usage.usage_lib import UsageContext
+
+    try:
+        return engine_args.create_engine_config(UsageContext.API_SERVER)
+    except ValidationError as error:
+        reasons = "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())
+        reason = shorten(reasons, MAX_REASON)  # vLLM lists every architecture that it knows
+        raise ConfigError(f"model: vLLM does not serve {engine_args.model} so: {reason}") from error
+
+
+def check_engine_args(wanted: Mapping[str, Any], experts_in: ExpertsIn = ExpertsIn.GROUPS) -> None:
     """Check `attention.engine_args` without building anything.
 
     Raises:
         ConfigError: an unknown argument, one that is ours to set, or one that the hop cannot work with.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
-
-    _check_keys(wanted, {field.name for field in fields(AsyncEngineArgs) if not field.name.startswith("_")})
-    _check_graphs(wanted)
-
-
-def _build(model: Path | str, model_name: str, wanted: Mapping[str, Any], **ours: Any) -> AsyncEngineArgs:
-    from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
 
-    check_engine_args(wanted)
+    known = {field.name for field in fields(AsyncEngineArgs) if not field.name.startswith("_")} | {TOOL_PARSER}
+    has_hop = experts_in is not ExpertsIn.VLLM
+    ours = {**_OURS, **(_OURS_WITH_HOP if has_hop else _NOT_ON_CPU if current_platform.is_cpu() else {})}
+    _check_keys(wanted, known, ours)
+    if has_hop:
+        _check_graphs(wanted)
+
+
+def _build(
+    model: ServedModel,
+    model_name: str,
+    wanted: Mapping[str, Any],
+    experts_in: ExpertsIn,
+    ours: Mapping[str, Any],
+) -> AsyncEngineArgs:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    check_engine_args(wanted, experts_in)
     plugin.register()
-    defaults = {**_COMMON_DEFAULTS, **(_CPU_DEFAULTS if current_platform.is_cpu() else _GPU_DEFAULTS)}
+    defaults = _defaults(model, experts_in)
+    wanted = {key: value for key, value in wanted.items() if key != TOOL_PARSER}
+    if isinstance(wanted.get("hf_overrides"), Mapping):
+        wanted["hf_overrides"] = {**defaults.get("hf_overrides", {}), **wanted["hf_overrides"]}
     if isinstance(wanted.get("compilation_config"), Mapping):
-        wanted = {
-            **wanted,
-            "compilation_config": {**defaults.get("compilation_config", {}), **wanted["compilation_config"]},
-        }
+        wanted["compilation_config"] = {**defaults.get("compilation_config", {}), **wanted["compilation_config"]}
+    merged = {**defaults, **wanted, **ours, "model": str(model.directory), "served_model_name": model_name}
+    if defaults.get("enforce_eager") and not merged["enforce_eager"] and experts_in is not ExpertsIn.VLLM:
+        raise ConfigError(f"{USER_KEY}.enforce_eager: graphs of {model.architecture} would replay without the hop")
     try:
-        return AsyncEngineArgs(**{**defaults, **wanted, **ours, "model": str(model), "served_model_name": model_name})
+        return AsyncEngineArgs(**merged)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{USER_KEY}: vLLM does not accept {dict(wanted)}: {error}") from error
+        raise ConfigError(f"{USER_KEY}: vLLM does not accept {wanted}: {error}") from error
 
 
-def _check_keys(wanted: Mapping[str, Any], known: set[str]) -> None:
-    for key in wanted:
-        if key in _OURS:
-            raise ConfigError(f"{USER_KEY}.{key}: may not be set: {_OURS[key]}")
+def _defaults(model: ServedModel, experts_in: ExpertsIn) -> dict[str, Any]:
+    from vllm.platforms import current_platform
+
+    defaults = {
+        **_COMMON_DEFAULTS,
+        "max_model_len": min(MAX_MODEL_LEN, model.context_tokens or MAX_MODEL_LEN),
+        "tokenizer_mode": model.dialect.tokenizer_mode,
+        "reasoning_parser": model.dialect.reasoning_parser or "",
+    }
+    has_hop = experts_in is not ExpertsIn.VLLM
+    if current_platform.is_cpu():
+        defaults |= {**_CPU_DEFAULTS, **(_CPU_MLA_DEFAULTS if model.model_type in UNCLAMPED_FAMILIES else {})}
+    if has_hop:
+        # What the expert groups are sent. vLLM's own default would turn a float32 checkpoint into bfloat16.
+        defaults["dtype"] = model.dtype
+        defaults |= {"hf_overrides": _PLAIN_LAYERS_ON_CPU} if current_platform.is_cpu() else _GPU_HOP_DEFAULTS
+    if has_hop and not current_platform.is_cpu():
+        defaults["enforce_eager"] = not _breaks_graphs(model.architecture)
+    return defaults
+
+
+def _breaks_graphs(architecture: str) -> bool:
+    """Whether vLLM captures this model in breakable graphs, the only ones that run the hop on every replay."""
+    from vllm.config.vllm import default_breakable_cudagraph_architectures
+
+    return architecture in default_breakable_cudagraph_architectures()
+
+
+def _is_one_process(wanted: Mapping[str, Any]) -> bool:
+    """Whether vLLM would run a single worker, which then lives in EngineCore's process (see executor.py)."""
+    sizes = ("tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size")
+    return "distributed_executor_backend" not in wanted and all(wanted.get(size, 1) == 1 for size in sizes)
+
+
+def _check_keys(wanted: Mapping[str, Any], known: set[str], ours: Mapping[str, str]) -> None:
+    for key, value in wanted.items():
+        if key in ours and value is not False:  # to leave out what is not there asks for nothing
+            raise ConfigError(f"{USER_KEY}.{key}: may not be set: {ours[key]}")
         if key not in known:
             close = get_close_matches(key, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""

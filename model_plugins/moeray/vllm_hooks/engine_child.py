@@ -68,6 +68,7 @@ def watch_engine_child() -> LastWords:
 def _guarded(run: Callable[..., None], parent_pid: int, write_fd: int) -> Callable[..., None]:
     def run_engine_core(*args: Any, **kwargs: Any) -> None:
         die_with_parent(parent_pid)
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # of its own workers, if any: it has threads by then
         words = _FatalErrors(write_fd)
         logging.getLogger(ENGINE_CORE_LOGGER).addFilter(words)
         try:

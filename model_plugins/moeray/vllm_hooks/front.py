@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from moeray.vllm_hooks.served_model import Dialect, describe_model
 
 if TYPE_CHECKING:
     from moeray.vllm_hooks.engine_core import FrontLLM, RequestPool
@@ -24,12 +27,10 @@ def front_config(settings: dict[str, Any]) -> tuple[Any, Any]:
     Args:
         settings: keyword arguments of `front_engine_args`.
     """
-    from vllm.usage.usage_lib import UsageContext
-
-    from moeray.vllm_hooks.engine_args import front_engine_args
+    from moeray.vllm_hooks.engine_args import engine_config, front_engine_args
 
     engine_args = front_engine_args(**settings)
-    return engine_args, engine_args.create_engine_config(UsageContext.API_SERVER)
+    return engine_args, engine_config(engine_args)
 
 
 def handshake(vllm_config: Any) -> tuple[str, str]:
@@ -41,10 +42,22 @@ def handshake(vllm_config: Any) -> tuple[str, str]:
     return vllm.__version__, model_fingerprint(vllm_config.model_config)
 
 
-async def build_front(pool: RequestPool, engine_args: Any, vllm_config: Any, *, parser: str | None) -> Front:
+def front_dialect(settings: dict[str, Any], engine_args: Any) -> Dialect:
+    """The model's dialect with the parsers that the configuration chose; arguments as of and from `front_config`."""
+    from moeray.vllm_hooks.engine_args import TOOL_PARSER
+
+    own = describe_model(Path(settings["model"])).dialect
+    return replace(
+        own,
+        tool_parser=settings["engine_args"].get(TOOL_PARSER, own.tool_parser),
+        reasoning_parser=engine_args.reasoning_parser or None,
+    )
+
+
+async def build_front(pool: RequestPool, engine_args: Any, vllm_config: Any, *, dialect: Dialect) -> Front:
     """Run vLLM's front over `pool`, on the running loop."""
     from moeray.vllm_hooks.engine_core import front_over
     from moeray.vllm_hooks.openai_app import build_openai_app
 
     llm = front_over(pool, vllm_config)
-    return Front(llm, await build_openai_app(llm, engine_args, parser=parser))
+    return Front(llm, await build_openai_app(llm, engine_args, dialect=dialect))

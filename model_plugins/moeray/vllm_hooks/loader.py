@@ -58,7 +58,7 @@ class ShardLoader(BaseModelLoader):  # type: ignore[misc, unused-ignore]
         global _last_report
         directory = Path(model_config.model)
         checkpoint = Checkpoint.open(directory)
-        # Without a quantisation method vLLM's layers are plain (on CPU, see engine_args): the values are what they hold.
+        # Without a quantisation method (on CPU, see engine_args) vLLM's layers are plain and hold values.
         as_values = model_config.quantization is None
         unused: Any = model.is_unused_checkpoint_weight
         skipped = tuple(name for name in checkpoint.tensors if unused(name))

@@ -21,7 +21,7 @@ from moeray.vllm_hooks.engram_layer import EngramStep
 from moeray.vllm_hooks.settings import shard_settings
 
 ROUTED_EXPERT = re.compile(r"\.ffn\.experts\.\d+\.")
-ENGRAM_TABLE = re.compile(r"\.engram\.embed\.weight$")
+ENGRAM_TABLE = re.compile(r"\.engram\.embed\.(weight|scale)$")
 
 if current_platform.is_cpu():
     cpu_kernels.install()
@@ -33,6 +33,7 @@ class DeepseekV4ForCausalLM(VllmDeepseekV4ForCausalLM):  # type: ignore[misc, un
     """vLLM's V4 with Engram on the layers of `engram_layer_ids`."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        _spell_none(vllm_config.model_config.hf_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._experts_are_remote = shard_settings(vllm_config) is not None
         layout = EngramLayout.from_config(vllm_config.model_config.hf_config)
@@ -78,3 +79,13 @@ class DeepseekV4ForCausalLM(VllmDeepseekV4ForCausalLM):  # type: ignore[misc, un
         first_layer: Any = self.model.layers[0]
         starts_R1 = metadata[first_layer.attn.swa_cache_layer.prefix].query_start_loc
         engram.begin(input_ids, starts_R1, lookback_token_ids)
+
+
+def _spell_none(config: Any) -> None:
+    """Say None where config.json says 0 for "no shared expert" or "no clamp".
+
+    With 0 vLLM asks for the weights of an expert of no width, and clamps a shared expert to nothing without an error.
+    """
+    for key in ("n_shared_experts", "swiglu_limit"):
+        if not getattr(config, key, None):
+            setattr(config, key, None)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from fastapi import FastAPI, Request
     from vllm.engine.arg_utils import AsyncEngineArgs
 
+    from moeray.vllm_hooks.served_model import Dialect
+
 TASKS: tuple[Literal["generate"]] = ("generate",)
 
 SERVED_PATHS = frozenset(
@@ -57,17 +59,17 @@ class OpenAIApp:
     models: Any
 
 
-async def build_openai_app(front: FrontLLM, engine_args: AsyncEngineArgs, *, parser: str | None) -> OpenAIApp:
+async def build_openai_app(front: FrontLLM, engine_args: AsyncEngineArgs, *, dialect: Dialect) -> OpenAIApp:
     """Assemble vLLM's application for `front`.
 
     Args:
         engine_args: what the front was built from; model and served name are read from it.
-        parser: name of vLLM's tool-call and reasoning parser (deepseek_v4); None: plain text only.
+        dialect: the parsers of tool calls and thoughts, and the roles that a chat may have.
     """
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app
 
-    arguments = _serve_arguments(engine_args, parser)
+    arguments = _serve_arguments(engine_args, dialect)
     app = build_app(arguments, TASKS, front.model_config)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in SERVED_PATHS]
     app.exception_handler(ShardUnavailable)(_unavailable)
@@ -80,11 +82,11 @@ async def build_openai_app(front: FrontLLM, engine_args: AsyncEngineArgs, *, par
         (state.openai_serving_chat, "create_chat_completion"),
         (state.openai_serving_completion, "create_completion"),
     ):
-        setattr(handler, method, _checked(getattr(handler, method)))
+        setattr(handler, method, _checked(getattr(handler, method), dialect.roles))
     return OpenAIApp(app, state.openai_serving_chat, state.openai_serving_completion, state.openai_serving_models)
 
 
-def _serve_arguments(engine_args: AsyncEngineArgs, parser: str | None) -> Namespace:
+def _serve_arguments(engine_args: AsyncEngineArgs, dialect: Dialect) -> Namespace:
     """The namespace of `vllm serve` with its own defaults, for this model."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -93,18 +95,20 @@ def _serve_arguments(engine_args: AsyncEngineArgs, parser: str | None) -> Namesp
     if engine_args.served_model_name:
         names = engine_args.served_model_name
         line += ["--served-model-name", *([names] if isinstance(names, str) else names)]
-    if parser is not None:
-        line += ["--enable-auto-tool-choice", "--tool-call-parser", parser, "--reasoning-parser", parser]
+    if dialect.tool_parser:
+        line += ["--enable-auto-tool-choice", "--tool-call-parser", dialect.tool_parser]
+    if dialect.reasoning_parser:
+        line += ["--reasoning-parser", dialect.reasoning_parser]
     arguments: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args(line)
-    if parser is not None:
+    if dialect.reasoning_parser:
         # `vllm serve` copies it there while it builds the engine's configuration; the serving classes read it there.
-        arguments.structured_outputs_config.reasoning_parser = parser
+        arguments.structured_outputs_config.reasoning_parser = dialect.reasoning_parser
     return arguments
 
 
-def _checked(create: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+def _checked(create: Callable[..., Awaitable[Any]], roles: tuple[str, ...] | None) -> Callable[..., Awaitable[Any]]:
     async def create_checked(request: Any, raw_request: Any = None) -> Any:
-        check_request(request)
+        check_request(request, roles)
         return await create(request, raw_request)
 
     return create_checked

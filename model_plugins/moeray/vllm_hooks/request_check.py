@@ -16,13 +16,13 @@ _FINITE = (
     "repetition_penalty",
     "length_penalty",
 )
-_ROLES = ("system", "developer", "user", "assistant", "tool", "latest_reminder")
-"""What the DeepSeek-V4 chat format can render (vLLM's `deepseek_v4` tokenizer mode)."""
 
 
-def check_request(request: Any) -> None:
+def check_request(request: Any, roles: tuple[str, ...] | None) -> None:
     """Check a ChatCompletionRequest or CompletionRequest.
 
+    Args:
+        roles: those that the model's chat encoding can render; None where its chat template decides.
     Raises:
         VLLMValidationError: with the field's name and value; becomes HTTP 400 or gRPC INVALID_ARGUMENT.
     """
@@ -39,15 +39,15 @@ def check_request(request: Any) -> None:
         if not math.isfinite(bias):
             raise VLLMValidationError("logit_bias must be a finite number", parameter=f"logit_bias.{token}", value=bias)
     if hasattr(request, "messages"):
-        _check_messages(request.messages)
+        _check_messages(request.messages, roles)
 
 
-def _check_messages(messages: list[Any]) -> None:
+def _check_messages(messages: list[Any], roles: tuple[str, ...] | None) -> None:
     if not messages:
         raise VLLMValidationError("messages must hold at least one message", parameter="messages")
-    for index, message in enumerate(messages):
+    for index, message in enumerate(messages if roles is not None else ()):
         role = message.get("role")
-        if role not in _ROLES:
+        if roles is not None and role not in roles:
             raise VLLMValidationError(
-                f"role must be one of {', '.join(_ROLES)}", parameter=f"messages.{index}.role", value=role
+                f"role must be one of {', '.join(roles)}", parameter=f"messages.{index}.role", value=role
             )

@@ -19,6 +19,7 @@ class ShardSettings:
         backend: transport backend; `local` loads all experts into the shard (the oracle).
         checkpoint: directory of the model's files.
         shard: name of the shard, as it appears in errors and in the groups' logs.
+        number: the shard's; chooses among the redundant copies of an expert.
         timeout_s: an expert group that has not answered a layer call by then is lost.
         host: address this shard's end of the transport binds and connects from.
     """
@@ -26,6 +27,7 @@ class ShardSettings:
     backend: str
     checkpoint: Path
     shard: str = "shard"
+    number: int = 0
     timeout_s: float = 10.0
     host: str = "127.0.0.1"
 

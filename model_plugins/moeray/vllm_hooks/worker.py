@@ -5,8 +5,11 @@ The names start with `moeray_` because vLLM mixes this class into its own worker
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import cache
 from typing import Any
+
+import torch
 
 from moeray.deepseek_v4 import Checkpoint, RoutedExperts
 from moeray.placement import Placement
@@ -46,9 +49,11 @@ class WorkerExtension:
         Returns:
             {"parameters": {name: {"shape": [...], "dtype": str, "bytes": int}}, "parameter_bytes": int,
              "read": [names], "skipped": [names], "bytes_read": int, "checkpoint_bytes": int, "mapped_bytes": int,
-             "local_expert_bytes": int (0 but for the local backend)}
+             "local_expert_bytes": int (0 but for the local backend),
+             "identity": `ModelIdentity` of what was loaded; empty where experts are not ours}
+            Where vLLM reads the checkpoint itself, nothing is known of the disk: empty lists and zeros.
         """
-        settings = _settings(self.vllm_config)
+        settings = shard_settings(self.vllm_config)
         model = self.model_runner.get_model()
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         parameters = {
@@ -60,6 +65,7 @@ class WorkerExtension:
             for name, tensor in tensors.items()
         }
         report = last_report()
+        local = _local_experts(settings, self.vllm_config)
         return {
             "parameters": parameters,
             "parameter_bytes": sum(each["bytes"] for each in parameters.values()),
@@ -68,7 +74,8 @@ class WorkerExtension:
             "bytes_read": report.bytes_read if report else 0,
             "checkpoint_bytes": report.bytes_total if report else 0,
             "mapped_bytes": sum(each.table.mapped_bytes for each in model.modules() if isinstance(each, EngramLayer)),
-            "local_expert_bytes": _all_experts(settings).weight_bytes if settings.backend == "local" else 0,
+            "identity": asdict(_identity(Checkpoint.open(settings.checkpoint), self.vllm_config)) if settings else {},
+            "local_expert_bytes": local.weight_bytes if local is not None else 0,
         }
 
     def moeray_hop(self) -> dict[str, Any]:
@@ -87,6 +94,7 @@ def _connect(settings: ShardSettings, vllm_config: Any, placement: Placement, ad
     checkpoint = Checkpoint.open(settings.checkpoint)
     spec = TransportSpec(
         shard=settings.shard,
+        shard_number=settings.number,
         backend=settings.backend,
         identity=_identity(checkpoint, vllm_config),
         max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
@@ -94,7 +102,7 @@ def _connect(settings: ShardSettings, vllm_config: Any, placement: Placement, ad
         host=settings.host,
         device=str(vllm_config.device_config.device),
     )
-    return connect(spec, placement, addresses, _all_experts(settings) if settings.backend == "local" else None)
+    return connect(spec, placement, addresses, _local_experts(settings, vllm_config))
 
 
 def _identity(checkpoint: Checkpoint, vllm_config: Any) -> ModelIdentity:
@@ -109,9 +117,16 @@ def _identity(checkpoint: Checkpoint, vllm_config: Any) -> ModelIdentity:
     )
 
 
+def _local_experts(settings: ShardSettings | None, vllm_config: Any) -> RoutedExperts | None:
+    """All experts, in the shard itself, for the local backend; None otherwise."""
+    if settings is None or settings.backend != "local":
+        return None
+    return _all_experts(settings, vllm_config.model_config.dtype)
+
+
 @cache
-def _all_experts(settings: ShardSettings) -> RoutedExperts:
+def _all_experts(settings: ShardSettings, dtype: torch.dtype) -> RoutedExperts:
     """For the local backend only: read once, kept for later generations."""
     checkpoint = Checkpoint.open(settings.checkpoint)
     everything = dict.fromkeys(checkpoint.shape.moe_layers, range(checkpoint.shape.num_experts))
-    return RoutedExperts.load(checkpoint, everything)
+    return RoutedExperts.load(checkpoint, everything, dtype=dtype)

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from published_checkpoints import V4_FLASH, write_published
 
 from moeray.cli import preflight
 from moeray.cli.errors import CommandError
 from moeray.config import ConfigError, parse_config
+from moeray.deepseek_v4 import Checkpoint
+from moeray.deepseek_v4.inspection import value_bytes
 
 GIB = 2**30
 
@@ -60,3 +63,17 @@ def test_every_worker_of_a_shard_has_a_kv_cache(llama: Path, monkeypatch: pytest
 def test_a_parallel_size_that_is_no_count_is_refused(llama: Path, size: Any) -> None:
     with pytest.raises(ConfigError, match="parallel sizes must be whole numbers"):
         preflight.preflight(config(llama, tensor_parallel_size=size))
+
+
+def test_quantised_experts_need_room_for_their_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """V4-Flash: 137 GiB of FP4 experts are 516 GiB of bf16 values, in the groups; FP8 doubles in every shard."""
+    directory = write_published(tmp_path, V4_FLASH)
+    rest, experts = value_bytes(Checkpoint.open(directory))
+    assert experts == 2 * 43 * 256 * 3 * 4096 * 2048
+    monkeypatch.setattr(preflight, "_available_bytes", lambda: 400 * GIB)
+    with pytest.raises(
+        CommandError, match=rf"{rest / GIB:.1f} GiB weights each.*with {experts / GIB:.1f} GiB weights in all"
+    ):
+        preflight.preflight(config(directory, num_groups=2))
+    monkeypatch.setattr(preflight, "_available_bytes", lambda: 600 * GIB)
+    preflight.preflight(config(directory, num_groups=2))

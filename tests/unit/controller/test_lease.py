@@ -59,7 +59,7 @@ async def test_a_killed_process_loses_its_lease_at_once() -> None:
     process = await held_by_process(server)
     assert not losses.seen
     os.kill(process.pid, signal.SIGKILL)
-    await asyncio.wait_for(losses.event.wait(), 5)
+    await asyncio.wait_for(losses.event.wait(), 60)
     assert losses.seen == [("holder", "connection closed")]
     process.wait()
     await server.close()
@@ -67,13 +67,13 @@ async def test_a_killed_process_loses_its_lease_at_once() -> None:
 
 async def test_a_stopped_process_loses_its_lease_after_the_silence_and_no_sooner() -> None:
     losses = Losses()
-    server = LeaseServer(losses, silence_s=0.6)
+    server = LeaseServer(losses, silence_s=3)  # a busy machine may keep the holder waiting for a second
     process = await held_by_process(server)
-    await asyncio.sleep(0.9)
+    await asyncio.sleep(4)
     assert not losses.seen, "beats keep it"
     os.kill(process.pid, signal.SIGSTOP)
-    await asyncio.wait_for(losses.event.wait(), 5)
-    assert losses.seen == [("holder", "silent for 0.6 s")]
+    await asyncio.wait_for(losses.event.wait(), 60)
+    assert losses.seen == [("holder", "silent for 3 s")]
     process.kill()
     process.wait()
     await server.close()
@@ -89,7 +89,7 @@ async def test_the_holder_learns_that_the_controller_is_gone() -> None:
     assert not lease.lost.is_set()
     controller.kill()
     controller.wait()
-    await asyncio.wait_for(lease.lost.wait(), 5)
+    await asyncio.wait_for(lease.lost.wait(), 60)
     lease.close()
 
 
@@ -114,7 +114,7 @@ async def test_a_member_that_never_opens_its_lease_is_lost() -> None:
     server = LeaseServer(losses, silence_s=0.1)
     await server.start("127.0.0.1")
     server.expect("secret", "m")
-    await asyncio.wait_for(losses.event.wait(), 5)
+    await asyncio.wait_for(losses.event.wait(), 60)
     assert losses.seen == [("m", "did not open its lease within 0.1 s")]
     await server.close()
 

@@ -85,3 +85,17 @@ def test_a_child_whose_parent_is_gone_already_does_not_start() -> None:
     child.start()
     child.join(5)
     assert child.exitcode == 1
+
+
+def test_workers_of_a_forked_engine_are_spawned() -> None:
+    """Workers of vLLM's own parallelism: EngineCore has threads by then, and a process with threads is not forked."""
+    told = fork.SimpleQueue()
+
+    def run() -> None:
+        told.put(os.environ["VLLM_WORKER_MULTIPROC_METHOD"])
+
+    _, write_fd = os.pipe()
+    child = fork.Process(target=_guarded(run, os.getpid(), write_fd))
+    child.start()
+    assert told.get() == "spawn"
+    child.join(10)

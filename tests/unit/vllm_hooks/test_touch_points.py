@@ -32,31 +32,38 @@ def test_touch_point_entry_point_group() -> None:
     assert plugins.DEFAULT_PLUGINS_GROUP == "vllm.general_plugins"
 
 
-def test_touch_point_architecture_registry() -> None:
-    from vllm.model_executor.models.registry import ModelRegistry, _LazyRegisteredModel
+@pytest.fixture(params=architecture.MODEL_MODULES)
+def known(request: pytest.FixtureRequest) -> Any:
+    """What vLLM's registry holds for one of our architectures."""
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    return ModelRegistry.models[request.param]
+
+
+def test_touch_point_architecture_registry(known: Any) -> None:
+    from vllm.model_executor.models.registry import _LazyRegisteredModel
 
     assert parameters(_LazyRegisteredModel) == ["module_name", "class_name"]
-    known = ModelRegistry.models[architecture.ARCHITECTURE]
+    assert known.module_name.startswith("moeray.")
     assert isinstance(known, _LazyRegisteredModel)
     assert {known: "vLLM caches by the registered model, so it must be hashable"}
 
 
-def test_touch_point_architecture_interfaces() -> None:
+def test_touch_point_architecture_interfaces(known: Any) -> None:
     """What the skeleton claims is what vLLM finds in the real class."""
-    from vllm.model_executor.models.registry import ModelRegistry, _ModelInfo
+    from vllm.model_executor.models.registry import _ModelInfo
 
-    known = ModelRegistry.models[architecture.ARCHITECTURE]
     assert known.inspect_model_cls() == _ModelInfo.from_model_cls(known.load_model_cls())
 
 
-def test_touch_point_inspection_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_touch_point_inspection_starts_no_process(known: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.model_executor.models import registry
 
     def refuse(_: Any) -> None:
         raise AssertionError("model inspection in a subprocess")
 
     monkeypatch.setattr(registry, "_run_in_subprocess", refuse)
-    registry.ModelRegistry.models[architecture.ARCHITECTURE].inspect_model_cls()
+    known.inspect_model_cls()
 
 
 def test_touch_point_cpu_platform_check() -> None:
@@ -169,7 +176,7 @@ def test_touch_point_graph_breaks() -> None:
     from vllm.config.vllm import DEFAULT_BREAKABLE_CUDAGRAPH_ARCHITECTURES
 
     assert parameters(eager_break_during_capture) == ["fn"]
-    assert architecture.ARCHITECTURE in DEFAULT_BREAKABLE_CUDAGRAPH_ARCHITECTURES
+    assert {"DeepseekV4ForCausalLM", "DeepseekV32ForCausalLM"} <= DEFAULT_BREAKABLE_CUDAGRAPH_ARCHITECTURES
 
 
 def test_touch_point_runner_token_table() -> None:
@@ -247,7 +254,9 @@ def test_touch_point_engine_arguments() -> None:
     """Every argument that we set or forbid still exists."""
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    named = {*engine_args._COMMON_DEFAULTS, *engine_args._CPU_DEFAULTS, *engine_args._GPU_DEFAULTS, *engine_args._OURS}
+    tables = [value for name, value in vars(engine_args).items() if name.endswith("_DEFAULTS") or "_OURS" in name]
+    named = {*engine_args._ONLY_OF_SHARDS, *engine_args._NOT_ON_CPU}.union(*tables)
+    assert len(tables) == 6
     assert named <= set(AsyncEngineArgs.__dataclass_fields__)
 
 

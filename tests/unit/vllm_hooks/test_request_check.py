@@ -1,0 +1,42 @@
+"""What is refused before it reaches an engine, and what only some models refuse."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.exceptions import VLLMValidationError
+
+from moeray.tiny import checkpoint_path
+from moeray.vllm_hooks.request_check import check_request
+from moeray.vllm_hooks.served_model import Dialect, describe_model
+
+DEEPSEEK_ROLES = describe_model(checkpoint_path()).dialect.roles
+
+
+def request(role: str = "user", **changes: Any) -> SimpleNamespace:
+    fields = {"n": 1, "stop": None, "logit_bias": None, "messages": [{"role": role, "content": "?"}]}
+    return SimpleNamespace(**fields | changes)
+
+
+def test_a_role_that_the_models_encoding_cannot_render_is_named() -> None:
+    with pytest.raises(VLLMValidationError, match="role must be one of") as refused:
+        check_request(request("critic"), DEEPSEEK_ROLES)
+    assert refused.value.parameter == "messages.0.role"
+
+
+def test_roles_are_the_chat_templates_where_the_model_has_one() -> None:
+    check_request(request("critic"), Dialect().roles)
+
+
+@pytest.mark.parametrize("roles", [DEEPSEEK_ROLES, None])
+@pytest.mark.parametrize(
+    ("changes", "parameter"), [({"n": 0}, "n"), ({"stop": ""}, "stop"), ({"messages": []}, "messages")]
+)
+def test_what_no_model_takes_is_refused_for_every_model(
+    roles: tuple[str, ...] | None, changes: dict[str, Any], parameter: str
+) -> None:
+    with pytest.raises(VLLMValidationError) as refused:
+        check_request(request(**changes), roles)
+    assert refused.value.parameter == parameter
