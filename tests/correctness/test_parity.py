@@ -47,8 +47,9 @@ def test_logprobs_are_as_near_to_fp32_as_rounding_allows(pair: Pair, length: int
     assert measure(engine, model, prompts_of(length, num_prompts)).excess() == []
 
 
-def test_a_quantised_checkpoint_is_as_near_to_its_own_values_in_fp32(tmp_path: Path) -> None:
-    directory = quantise_checkpoint(write_random_checkpoint(tmp_path / "plain"), tmp_path / "quantised")
+@pytest.mark.parametrize("like", ["v4", pytest.param("v4-base", marks=pytest.mark.full), "v4.1"])
+def test_a_quantised_checkpoint_is_as_near_to_its_own_values_in_fp32(like: str, tmp_path: Path) -> None:
+    directory = quantise_checkpoint(write_random_checkpoint(tmp_path / "plain"), tmp_path / "quantised", like)
     model = load(directory)
     with in_process_engine(directory) as engine:
         found = [measure(engine, model, prompts_of(*size)) for size in ((20, 12), (300, 2))]

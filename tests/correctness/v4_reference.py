@@ -90,17 +90,19 @@ def _add_engrams(model: DeepseekV4ForCausalLM, keys: Mapping[str, Any], director
 
 
 def load(directory: Path) -> DeepseekV4ForCausalLM:
-    """The checkpoint's weights in fp32; single-file or sharded, plain or quantised (FP4 and FP8 with e8m0 scales)."""
+    """The checkpoint's weights in fp32; single-file or sharded, plain or in a published format."""
     model = build(directory)
     native: dict[str, Tensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
         native.update(load_file(file))
-    values = {name: _value(name, native) for name in native if not name.endswith(".scale")}
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    fp8_block = config.get("quantization_config", {}).get("weight_block_size")
+    values = {name: _value(name, native, fp8_block) for name in native if not name.endswith(".scale")}
     model.load_state_dict(export.training_state(values, list(model.state_dict())))
     return model
 
 
-def _value(name: str, native: Mapping[str, Tensor]) -> Tensor:
+def _value(name: str, native: Mapping[str, Tensor], fp8_block: list[int] | None) -> Tensor:
     """A tensor's values, written down once more from the formats' definition: nothing of moeray's reader is used."""
     stored, scale = native[name], native.get(name.removesuffix("weight") + "scale")
     if scale is None:
@@ -111,9 +113,9 @@ def _value(name: str, native: Mapping[str, Tensor]) -> Tensor:
         size = torch.where(exponent == 0, mantissa / 2, (1 + mantissa / 2) * 2.0 ** (exponent - 1))
         stored = torch.where(bits >= 8, -size, size)
     rows, columns = stored.shape
-    factor = 2.0 ** (scale.view(torch.uint8).float() - 127)  # e8m0: a power of two, its exponent with bias 127
-    # experts: 1 x 32; other matrices 128 x 128
-    high, wide = (1, 32) if native[name].dtype == torch.int8 else (128, 128)
+    # e8m0: a power of two, its exponent with bias 127
+    factor = scale if scale.dtype == torch.float32 else 2.0 ** (scale.view(torch.uint8).float() - 127)
+    high, wide = (1, 32) if native[name].dtype == torch.int8 or ".engram.embed." in name else fp8_block or (0, 0)
     return stored.float() * factor.repeat_interleave(high, 0).repeat_interleave(wide, 1)[:rows, :columns]
 
 

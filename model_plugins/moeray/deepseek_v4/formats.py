@@ -31,7 +31,7 @@ from moeray.deepseek_v4.weight_files import DOWNLOAD_AGAIN, StoredTensor
 
 PLAIN = ("BF16", "F16", "F32")
 FP4_CONTAINERS = ("I8", "U8")
-FP4_BLOCK = (1, 32)
+ROW_BLOCK = (1, 32)
 FP8_SCALES = ("F8_E8M0", "F32")
 KNOWN_FP8_BLOCKS = ((128, 128), (32, 32))
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -97,9 +97,9 @@ def stored_matrix(
         raise CheckpointError(weight.file, f"{weight.name} has scales, but shape {list(weight.shape)}", DOWNLOAD_AGAIN)
     rows, columns = weight.shape
     if weight.dtype in FP4_CONTAINERS:
-        return _with_block(weight, scale, (rows, 2 * columns), [FP4_BLOCK], ("F8_E8M0", "U8"))
+        return _with_block(weight, scale, (rows, 2 * columns), [ROW_BLOCK], ("F8_E8M0", "U8"))
     if weight.dtype == "F8_E4M3":
-        blocks = [*([fp8_block] if fp8_block else KNOWN_FP8_BLOCKS), FP4_BLOCK]
+        blocks = [*([fp8_block] if fp8_block else KNOWN_FP8_BLOCKS), ROW_BLOCK]
         return _with_block(weight, scale, (rows, columns), blocks, FP8_SCALES)
     raise CheckpointError(
         weight.file, f"{weight.name} is stored as {weight.dtype} with scales", "known are F8_E4M3 and packed FP4 (I8)"

@@ -163,12 +163,12 @@ def tensor(name: str, dtype: str, shape: tuple[int, ...]) -> StoredTensor:
 @pytest.mark.parametrize("spread", [1e-3, 1.0, 300.0])
 def test_quantising_rounds_to_the_nearest_value_of_the_format(spread: float) -> None:
     weight = torch.randn(200, 160, generator=torch.Generator().manual_seed(2)) * spread
-    fp8, fp8_scales = quantise_fp8(weight)
-    assert (fp8.shape, fp8_scales.shape) == (weight.shape, (2, 2))
-    error = (dequantise(fp8, fp8_scales, (128, 128), torch.float32) - weight).abs()
-    assert (error <= weight.abs() * 2.0**-4 + 2.0**-9 * fp8_scales.float().max()).all(), (
-        "half a step of 3 mantissa bits"
-    )
+    for block, grid, e8m0 in (((128, 128), (2, 2), True), ((32, 32), (7, 5), True), ((128, 128), (2, 2), False)):
+        fp8, scales = quantise_fp8(weight, block, e8m0=e8m0)
+        assert (fp8.shape, scales.shape) == (weight.shape, grid)
+        error = (dequantise(fp8, scales, block, torch.float32) - weight).abs()
+        half_a_step = weight.abs() * 2.0**-4 + 2.0**-9 * scales.float().max()  # of three bits of mantissa
+        assert (error <= half_a_step).all()
     fp4, fp4_scales = quantise_fp4(weight)
     assert (fp4.shape, fp4_scales.shape) == ((200, 80), (200, 5))
     back = dequantise(fp4, fp4_scales, (1, 32), torch.float32)
@@ -185,4 +185,4 @@ def test_what_the_format_holds_exactly_survives_quantising() -> None:
 def test_a_matrix_of_zeros_stays_zero() -> None:
     zeros = torch.zeros(32, 64)
     assert not dequantise(*quantise_fp4(zeros), (1, 32), torch.float32).any()
-    assert not dequantise(*quantise_fp8(zeros), (128, 128), torch.float32).any()
+    assert not dequantise(*quantise_fp8(zeros, (128, 128)), (128, 128), torch.float32).any()

@@ -12,14 +12,22 @@ from torch import Tensor
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from moeray.deepseek_v4 import Checkpoint, CheckpointError, RoutedExperts
-from moeray.deepseek_v4.quantise import quantise_checkpoint
+from moeray.deepseek_v4.quantise import LIKE, quantise_checkpoint
 from moeray.tiny import checkpoint_path
 
 PARTS = ("w1", "w2", "w3")
 
 
+@pytest.fixture(scope="module", params=LIKE)
+def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """The bundled model in each of the published formats."""
+    directory = tmp_path_factory.mktemp("published") / "checkpoint"
+    return Checkpoint.open(quantise_checkpoint(checkpoint_path(), directory, request.param))
+
+
 @pytest.fixture(scope="module")
 def quantised(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """As V4 is published: FP4 experts, FP8 matrices."""
     return Checkpoint.open(quantise_checkpoint(checkpoint_path(), tmp_path_factory.mktemp("quantised") / "checkpoint"))
 
 
@@ -28,22 +36,34 @@ def reference(checkpoint: Checkpoint, layer: int, expert: int) -> dict[str, Tens
     stored = load_file(checkpoint.path / "model.safetensors")
     name = f"layers.{layer}.ffn.experts.{expert}"
     convert = Fp8Dequantize(SimpleNamespace())._dequantize_one
-    return {part: convert(stored[f"{name}.{part}.weight"], stored[f"{name}.{part}.scale"]) for part in PARTS}
+    return {
+        part: convert(stored[f"{name}.{part}.weight"], stored[f"{name}.{part}.scale"], torch.bfloat16) for part in PARTS
+    }
 
 
-def test_the_copy_has_the_published_formats_and_names(quantised: Checkpoint) -> None:
-    formats = {name: quantised.matrix(name).format for name in quantised.tensors if name.endswith(".weight")}
-    assert formats["layers.3.ffn.experts.7.w2.weight"] == "FP4 1x32 E8M0"
-    assert formats["layers.3.ffn.shared_experts.w2.weight"] == "FP8 128x128 E8M0"
-    assert formats["layers.0.attn.wq_b.weight"] == "FP8 128x128 E8M0"
+@pytest.mark.parametrize(
+    ("like", "experts", "others", "tables"),
+    [
+        ("v4", "FP4 1x32 E8M0", "FP8 128x128 E8M0", "BF16"),
+        ("v4-base", "FP8 128x128 F32", "FP8 128x128 F32", "BF16"),
+        ("v4.1", "FP4 1x32 E8M0", "FP8 32x32 E8M0", "FP8 1x32 E8M0"),
+    ],
+)
+def test_each_copy_has_the_published_formats_and_names(
+    like: str, experts: str, others: str, tables: str, tmp_path: Path
+) -> None:
+    copy = Checkpoint.open(quantise_checkpoint(checkpoint_path(), tmp_path / "copy", like))
+    formats = {name: copy.matrix(name).format for name in copy.tensors if name.endswith(".weight")}
+    assert formats["layers.3.ffn.experts.7.w2.weight"] == experts
+    assert formats["layers.3.ffn.shared_experts.w2.weight"] == formats["layers.0.attn.wq_b.weight"] == others
+    assert formats["layers.1.engram.embed.weight"] == tables
     assert formats["embed.weight"] == formats["layers.2.ffn.gate.weight"] == "BF16"
-    assert quantised.config["quantization_config"]["weight_block_size"] == [128, 128]
 
 
-def test_loaded_experts_are_transformers_values_bit_for_bit(quantised: Checkpoint) -> None:
-    experts = RoutedExperts.load(quantised, {0: (0, 9), 3: (15,)})
+def test_loaded_experts_are_transformers_values_bit_for_bit(published: Checkpoint) -> None:
+    experts = RoutedExperts.load(published, {0: (0, 9), 3: (15,)})
     for layer, expert in ((0, 0), (0, 9), (3, 15)):
-        expected = reference(quantised, layer, expert)
+        expected = reference(published, layer, expert)
         loaded = experts._weights[layer][expert]
         assert loaded.w13.dtype == loaded.w2.dtype == torch.bfloat16
         assert torch.equal(loaded.w13, torch.cat((expected["w1"], expected["w3"])))
