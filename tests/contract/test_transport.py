@@ -6,6 +6,8 @@ The groups are real processes. `oracle` is the local transport over a single gro
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -263,14 +265,17 @@ def test_a_groups_nan_is_that_calls_error_and_the_next_call_is_clean(groups: lis
     x_TD, ids_TK, weights_TK = SMALL.batch(4)
     ids_TK[:] = torch.tensor([0, 7], dtype=torch.int32)
     ids_TK[2] = torch.tensor([6, 7], dtype=torch.int32)
-    x_TD[2, 3] = float("nan")
+    x_TD[2] = 3e38  # finite, but not what comes of it
     with connected(groups, SMALL, (4, 4)) as (transport, key):
         with pytest.raises(
             GroupFailed, match=r"expert group 1 failed: ExpertError: layer 0: experts \[6, 7\] gave NaN"
         ):
             transport.combine(transport.dispatch(0, x_TD, ids_TK, weights_TK))
+        x_TD[2, 3] = float("nan")
+        with pytest.raises(GroupFailed, match="layer 0: the shard sent activations that hold NaN or Inf"):
+            transport.combine(transport.dispatch(0, x_TD, ids_TK, weights_TK))
         assert_equals_oracle(transport, SMALL, (4, 90))
-        assert groups[1].ask("shards", key)[0][2] == 1
+        assert groups[1].ask("shards", key)[0][2] == 2
 
 
 @pytest.mark.parametrize("lie", [float("nan"), float("inf"), float("-inf")])
@@ -373,6 +378,34 @@ def test_a_placement_over_other_groups_than_addresses_is_refused(groups: list[Pe
 
 
 # ---- resources
+
+
+THREADS_OF_A_GROUP = """
+import ctypes, torch
+from transport_peers import Model, spec_of, spread
+from moeray.transport import GroupServer, connect
+maps = open("/proc/self/maps").read().split()
+openmp = ctypes.CDLL(next(word for word in maps if "libgomp" in word))
+model, seen = Model(), []
+placement = spread(model, (8,))
+def compute(layer, x_TD, ids_TK):
+    seen.append(openmp.omp_get_max_threads())
+    return x_TD.new_zeros((int((ids_TK >= 0).sum()), x_TD.shape[1]))
+torch.set_num_threads(7)  # neither the default nor the number of cores
+server = GroupServer(compute, model.identity, group=0, generation=placement.generation)
+transport = connect(spec_of(model), placement, [server.start()])
+transport.combine(transport.dispatch(0, *model.batch(3)))
+transport.close()
+print(seen)
+"""
+
+
+def test_a_group_computes_with_the_threads_its_process_has_set() -> None:
+    """OpenMP keeps the count per thread, so a setting made where the weights were loaded does not reach the others."""
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS_OF_A_GROUP], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout.strip() == "[7]", done.stderr
 
 
 def test_connecting_and_closing_leaks_neither_descriptors_nor_threads(groups: list[Peer]) -> None:

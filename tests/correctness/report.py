@@ -137,12 +137,18 @@ def bit_equality(quick: bool) -> Section:
 
 
 def mutations(quick: bool) -> Section:
-    """Runs every mutation against its test; with `quick` only lists them."""
+    """Runs every mutation against its test, which must pass without it; with `quick` only lists them."""
     from mutations import applied, copy_tree, run_tests, verdict
 
     rows, wrong = [], []
     with tempfile.TemporaryDirectory() as scratch:
         tree = copy_tree(Path(scratch))
+        if not quick:
+            sound = run_tests(tree, *dict.fromkeys(each.test for each in MUTATIONS))
+            if sound.returncode != 0:
+                return Section(
+                    ("broken variant",), [], [f"the tests fail without any mutation:\n{sound.stdout[-2000:]}"]
+                )
         for each in MUTATIONS:
             caught = "not run"
             if not quick:

@@ -7,9 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from front_process import Ingress, ShardProcess
 
 from moeray.tiny import checkpoint_path
+
+# Bits are equal between equal numbers of threads, and a group has one. Here, because the first engine of a process (of
+# any suite) takes the function away.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -228,7 +228,7 @@ def _answer(output: Any) -> Answer:
 
 @contextlib.contextmanager
 def running_engine(checkpoint: Path) -> Iterator[Engine]:
-    """An engine of one thread: bits are equal only between equal numbers of threads, and the groups have one."""
+    """An engine in this process, with the threads that conftest.py has set."""
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # vLLM would pin this whole process to a core
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -247,7 +247,6 @@ def running_engine(checkpoint: Path) -> Iterator[Engine]:
     )
     config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
     found = LLMEngine(config, Executor.get_class(config), log_stats=False, multiprocess_mode=False)
-    torch.set_num_threads(1)
     engine = Engine(found, opened)
     engine._record()
     try:

@@ -14,6 +14,7 @@ from moeray.deepseek_v4.inspection import Inspection, inspect
 from moeray.deepseek_v4.loading_plan import GroupLoad, plan_loading
 from moeray.deepseek_v4.source import locate
 from moeray.placement import PlacementError, contiguous
+from moeray.vllm_hooks.served_model import describe_model, limits
 
 DOES_NOT_FIT = 1
 
@@ -28,10 +29,13 @@ def inspect_checkpoint(model: str, *, groups: int | None, redundant: int, as_jso
     try:
         checkpoint = Checkpoint.read(locate(model))
         found = inspect(checkpoint)
+        limited = (*limits(describe_model(checkpoint.path)), *(f"on CPU, {each}" for each in found.cpu_problems))
         loads = _plan(checkpoint, groups, redundant) if groups and not found.problems else ()
     except (CheckpointError, ConfigError, PlacementError) as error:
         raise CommandError(str(error), status=2) from error
-    print(json.dumps(_as_json(found, loads), indent=1) if as_json else "\n".join(_as_text(found, loads)))
+    print(
+        json.dumps(_as_json(found, limited, loads), indent=1) if as_json else "\n".join(_as_text(found, limited, loads))
+    )
     return DOES_NOT_FIT if found.problems else 0
 
 
@@ -47,7 +51,7 @@ def _plan(checkpoint: Checkpoint, groups: int, redundant: int) -> tuple[GroupLoa
     return plan_loading(checkpoint, placement)
 
 
-def _as_json(found: Inspection, loads: tuple[GroupLoad, ...]) -> dict[str, Any]:
+def _as_json(found: Inspection, limited: tuple[str, ...], loads: tuple[GroupLoad, ...]) -> dict[str, Any]:
     shape = asdict(found.shape)
     if shape["swiglu_limit"] == float("inf"):
         shape["swiglu_limit"] = None  # JSON has no infinity
@@ -57,12 +61,12 @@ def _as_json(found: Inspection, loads: tuple[GroupLoad, ...]) -> dict[str, Any]:
         "num_bytes": found.num_bytes,
         "roles": {name: asdict(role) for name, role in found.roles.items()},
         "problems": list(found.problems),
-        "cpu_problems": list(found.cpu_problems),
+        "limits": list(limited),
         "groups": [asdict(load) for load in loads],
     }
 
 
-def _as_text(found: Inspection, loads: tuple[GroupLoad, ...]) -> list[str]:
+def _as_text(found: Inspection, limited: tuple[str, ...], loads: tuple[GroupLoad, ...]) -> list[str]:
     shape = found.shape
     lines = [
         f"{found.path}",
@@ -84,7 +88,7 @@ def _as_text(found: Inspection, loads: tuple[GroupLoad, ...]) -> list[str]:
     lines.append(f"  {'in all':24}{'':>9}{_scaled(total_values):>12}{_size(found.num_bytes):>12}")
     if loads:
         lines += ["", *_plan_lines(loads)]
-    lines += ["", *_verdict(found)]
+    lines += ["", *_verdict(found, limited)]
     return lines
 
 
@@ -92,18 +96,16 @@ def _plan_lines(loads: tuple[GroupLoad, ...]) -> list[str]:
     smallest, largest = (pick(loads, key=lambda load: load.num_bytes) for pick in (min, max))
     return [
         f"  {len(loads)} expert groups read {_size(smallest.num_bytes)} to {_size(largest.num_bytes)} each "
-        f"({smallest.num_experts} to {largest.num_experts} experts, {largest.num_reads} runs of bytes, "
+        f"({smallest.num_experts} to {largest.num_experts} experts, {largest.num_runs} runs of bytes, "
         f"{largest.num_files} files)",
         f"  on CPU such a group holds the values in bfloat16: up to {_size(max(load.value_bytes for load in loads))}",
     ]
 
 
-def _verdict(found: Inspection) -> list[str]:
+def _verdict(found: Inspection, limited: tuple[str, ...]) -> list[str]:
     if found.problems:
         return ["  does not fit:", *(f"    {problem}" for problem in found.problems)]
-    if found.cpu_problems:
-        return ["  fits; on CPU it cannot be served:", *(f"    {problem}" for problem in found.cpu_problems)]
-    return ["  fits"]
+    return ["  fits, within the limits of this version:" if limited else "  fits", *(f"    {each}" for each in limited)]
 
 
 def _scaled(number: int) -> str:

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from moeray.deepseek_v4.errors import CheckpointError
-from moeray.deepseek_v4.formats import StoredMatrix, stored_matrix
+from moeray.deepseek_v4.formats import NEEDS_SCALES, StoredMatrix, stored_matrix
 from moeray.deepseek_v4.names import DEEPSEEK, HUGGING_FACE, PARTS, TensorNames
 from moeray.deepseek_v4.shape import UNCLAMPED_FAMILIES, ModelShape, read_shape
 from moeray.deepseek_v4.weight_files import DOWNLOAD_AGAIN, StoredTensor, WeightFile, read_headers, read_json
@@ -76,7 +76,20 @@ class Checkpoint:
         return cls(path, shape, names, MappingProxyType(tensors), MappingProxyType(config), weight_files)
 
     def problems(self) -> Iterator[CheckpointError]:
-        """Everything that keeps its experts from being served: missing matrices, wrong shapes, unknown formats."""
+        """Everything that keeps it from being served: missing tensors, wrong shapes, unknown formats."""
+        yield from self._problems_of_layers()
+        for name in self.tensors:
+            # Routed experts are checked below; draft layers are not read.
+            if self.is_quantised(name) and not self.is_routed_expert(name) and not self.is_draft(name):
+                try:
+                    self.matrix(name)
+                except CheckpointError as error:
+                    yield error
+        for layer in self.shape.moe_layers:
+            for expert in range(self.shape.num_experts):
+                yield from self._problems_of_expert(layer, expert)
+
+    def _problems_of_layers(self) -> Iterator[CheckpointError]:
         config_file, shape = self.path / CONFIG_FILE, self.shape
         if not shape.moe_layers:
             example = self.names.expert_weight(0, 0, "w1")
@@ -84,15 +97,21 @@ class Checkpoint:
                 config_file, f"no weight file holds a tensor like {example}", "give the published tensor names"
             )
             return
-        if shape.moe_layers[-1] >= shape.num_layers:
+        if shape.moe_layers[-1] >= shape.num_layers or len(shape.moe_layers) != shape.num_moe_layers:
             yield CheckpointError(
                 config_file,
-                f"num_hidden_layers is {shape.num_layers}, but layer {shape.moe_layers[-1]} has experts",
+                f"num_hidden_layers is {shape.num_layers}, {shape.num_moe_layers} of them with routed experts, but the "
+                f"weight files hold experts of {len(shape.moe_layers)} layers up to layer {shape.moe_layers[-1]}",
                 DOWNLOAD_AGAIN,
             )
-        for layer in shape.moe_layers:
-            for expert in range(shape.num_experts):
-                yield from self._problems_of_expert(layer, expert)
+        for name in (self.names.embedding, *map(self.names.router, shape.moe_layers)):
+            if name not in self.tensors:
+                yield self._missing(name)
+
+    def _missing(self, name: str) -> CheckpointError:
+        return CheckpointError(
+            self.path / CONFIG_FILE, f"{name} is in no weight file, but config.json asks for it", DOWNLOAD_AGAIN
+        )
 
     def _problems_of_expert(self, layer: int, expert: int) -> Iterator[CheckpointError]:
         wide = (self.shape.intermediate_size, self.shape.hidden_size)
@@ -114,9 +133,7 @@ class Checkpoint:
         """
         weight = self.tensors.get(name)
         if weight is None:
-            raise CheckpointError(
-                self.path / CONFIG_FILE, f"{name} is in no weight file, but config.json asks for it", DOWNLOAD_AGAIN
-            )
+            raise self._missing(name)
         return stored_matrix(weight, self.tensors.get(self.names.scale_of(name)), self.shape.fp8_block)
 
     def expert_matrix(self, layer: int, expert: int, part: str) -> StoredMatrix:
@@ -135,6 +152,12 @@ class Checkpoint:
         """Whether the tensor belongs to a draft (MTP) layer."""
         layer = DRAFT_LAYER.match(name)
         return layer is not None and (layer[1] is None or int(layer[1]) >= self.shape.num_layers)
+
+    def is_quantised(self, name: str) -> bool:
+        """Whether the tensor's values are told only together with scales (which may be missing)."""
+        if self.is_scale(name):
+            return False
+        return self.names.scale_of(name) in self.tensors or self.tensors[name].dtype in NEEDS_SCALES
 
     def is_scale(self, name: str) -> bool:
         """Whether the tensor holds the scales of another one."""
@@ -161,10 +184,11 @@ class Checkpoint:
         name order, its name, size, header and bytes: all of them up to 32 MiB, else 256 samples of 4 KiB at
         even distances and the last 4 KiB. So a file of another model, another training step or another length
         is told apart; a flipped byte between two samples of a large file is not: this is an identity, not a
-        check of integrity.
+        check of integrity. Asked for after loading it is the identity of what was loaded: a file that was replaced or
+        changed since `open` is an error.
 
         Raises:
-            CheckpointError: a file went away or became shorter since `open`.
+            CheckpointError: a file went away, became shorter or changed since `open`.
         """
         return self._fingerprint
 
@@ -176,7 +200,18 @@ class Checkpoint:
             digest.update(f"\0{weight_file.file.name}\0{weight_file.size_bytes}\0".encode())
             digest.update(weight_file.header)
             _sample(digest, weight_file)
+        for weight_file in self.weight_files:
+            _require_unchanged(weight_file)
         return digest.hexdigest()[:32]
+
+
+def _require_unchanged(weight_file: WeightFile) -> None:
+    try:
+        found = weight_file.file.stat()
+    except OSError as error:
+        raise CheckpointError(weight_file.file, f"cannot be read ({error})", DOWNLOAD_AGAIN) from None
+    if (found.st_ino, found.st_mtime_ns) != weight_file.stamp or found.st_size != weight_file.size_bytes:
+        raise CheckpointError(weight_file.file, "was replaced or changed while it was read", "start again")
 
 
 def _sample(digest: hashlib._Hash, weight_file: WeightFile) -> None:

@@ -151,7 +151,7 @@ class RoutedExperts:
         for expert, begin, end in zip(active.tolist(), bounds, bounds[1:], strict=False):
             x_nD = x_TD.index_select(0, token_of_pair[begin:end])
             rows_PD.index_copy_(0, row_of_pair[begin:end], self._expert(layer, expert, x_nD))
-        require_finite(layer, rows_PD, experts)
+        require_finite(layer, x_TD, rows_PD, experts)
         self._counts.add(layer, experts)
         return rows_PD
 
@@ -200,12 +200,14 @@ class RowCounts:
             return self._rows_LE.copy()
 
 
-def require_finite(layer: int, rows_PD: Tensor, experts_P: NDArray[np.int32]) -> None:
-    """Raises ExpertError naming the experts whose rows hold NaN or Inf."""
+def require_finite(layer: int, x_TD: Tensor, rows_PD: Tensor, experts_P: NDArray[np.int32]) -> None:
+    """Raises ExpertError if rows hold NaN or Inf: it names the experts, or the shard if that sent such activations."""
     # One sum is the cheap sieve: it is finite unless a row is not (or the sum itself overflows fp32).
     if rows_PD.sum(dtype=torch.float32).isfinite().item():
         return
     bad_P = (~rows_PD.isfinite().all(dim=1)).cpu().numpy()
+    if bad_P.any() and not x_TD.isfinite().all():
+        raise ExpertError(f"layer {layer}: the shard sent activations that hold NaN or Inf")
     if bad_P.any():
         raise ExpertError(f"layer {layer}: experts {sorted(set(experts_P[bad_P].tolist()))} gave NaN or Inf")
 

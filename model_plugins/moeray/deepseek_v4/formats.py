@@ -34,6 +34,8 @@ FP4_CONTAINERS = ("I8", "U8")
 ROW_BLOCK = (1, 32)
 FP8_SCALES = ("F8_E8M0", "F32")
 KNOWN_FP8_BLOCKS = ((128, 128), (32, 32))
+NEEDS_SCALES = ("F8_E4M3", "F8_E5M2", "F4", *FP4_CONTAINERS)
+"""Stored so, a weight means nothing by itself."""
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 

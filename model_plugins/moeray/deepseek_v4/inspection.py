@@ -71,7 +71,7 @@ class Inspection:
     """Attributes:
     roles: purpose -> its tensors, largest first.
     problems: what keeps it from being served with experts on groups of their own.
-    cpu_problems: what keeps it from being served on CPU, where nothing else does.
+    cpu_problems: sizes that vLLM's CPU kernels for V4 do not have.
     """
 
     path: Path
@@ -88,7 +88,6 @@ class Inspection:
 def inspect(checkpoint: Checkpoint) -> Inspection:
     """Sort every tensor by role and format, and list what does not fit; `checkpoint` may be one with problems."""
     roles: dict[str, Role] = defaultdict(Role)
-    problems = []
     for name, weight in checkpoint.tensors.items():
         if checkpoint.is_scale(name):
             continue
@@ -96,13 +95,10 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
         role = roles[role_of(checkpoint, name)]
         try:
             role.add(stored_matrix(weight, scale, checkpoint.shape.fp8_block))
-        except CheckpointError as error:
-            # Integers (token tables) are what they are; the experts' own formats are among the problems below.
-            if scale is not None and not checkpoint.is_routed_expert(name):
-                problems.append(str(error))
+        except CheckpointError:  # told among the problems; integers (token tables) are what they are
             role.add(StoredMatrix(weight, None, weight.shape, None))
     found = (str(problem) for problem in checkpoint.problems())
-    problems += islice(found, MAX_PROBLEMS - len(problems))
+    problems = list(islice(found, MAX_PROBLEMS))
     if (more := sum(1 for _ in found)) > 0:
         problems.append(f"and {more} more")
     return Inspection(
@@ -140,13 +136,11 @@ def _missing_files(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _cpu_problems(checkpoint: Checkpoint) -> Iterator[str]:
-    if checkpoint.shape.family == "deepseek_v41":
-        yield "vLLM has DeepSeek-V4.1's model code for GPUs only"
     if checkpoint.shape.family != "deepseek_v4":
         return
     config: Mapping[str, Any] = text_config(checkpoint.config)
     for key, legal in _CPU_KERNELS.items():
         values = config.get(key)
-        odd = sorted(set(values if isinstance(values, list) else [values]) - {None, *legal})
+        odd = {repr(each) for each in (values if isinstance(values, list) else [values]) if each not in (None, *legal)}
         if odd:
-            yield f"{key} is {', '.join(map(str, odd))}: vLLM's CPU kernels for V4 have {', '.join(map(str, legal))}"
+            yield f"{key} is {', '.join(sorted(odd))}: vLLM's CPU kernels for V4 have {', '.join(map(str, legal))}"

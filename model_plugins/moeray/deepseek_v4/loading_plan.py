@@ -18,7 +18,7 @@ class GroupLoad:
         num_experts: routed experts over all layers.
         num_bytes: as stored, scales included.
         value_bytes: of the same experts as values of two bytes each: what a group on CPU holds of quantised experts.
-        num_reads: runs of adjacent bytes.
+        num_runs: runs of adjacent bytes.
         num_files: weight files with any of them.
     """
 
@@ -26,7 +26,7 @@ class GroupLoad:
     num_experts: int
     num_bytes: int
     value_bytes: int
-    num_reads: int
+    num_runs: int
     num_files: int
 
 
@@ -62,6 +62,6 @@ def _load_of(checkpoint: Checkpoint, placement: Placement, group: int) -> GroupL
         num_experts=num_experts,
         num_bytes=sum(num_bytes for _, _, num_bytes in ranges),
         value_bytes=value_bytes,
-        num_reads=len(ranges) - adjacent,
+        num_runs=len(ranges) - adjacent,
         num_files=len({file for file, _, _ in ranges}),
     )

@@ -18,6 +18,7 @@ from moeray.deepseek_v4.formats import fp8_block_of
 CLAMPED_FAMILIES = ("deepseek_v4", "deepseek_v41")
 """Their routed experts clamp gate and up; leaving the clamp out changes the answers without any error."""
 UNCLAMPED_FAMILIES = ("deepseek_v2", "deepseek_v3", "deepseek_v32")
+DTYPES = ("bfloat16", "float16", "float32")
 FAMILIES = (*CLAMPED_FAMILIES, *UNCLAMPED_FAMILIES)
 
 
@@ -32,7 +33,8 @@ class ModelShape:
         swiglu_limit: clamp of gate (above) and up (both sides); `math.inf` where the config sets none (0 or null).
         dtype: torch's name of the activations' dtype ("bfloat16", ...); see `activations_of`.
         fp8_block: rows and columns of an FP8 weight that share a scale, where config.json says so.
-        moe_layers: layer indices with routed experts, ascending.
+        num_moe_layers: how many layers have routed experts by config.json.
+        moe_layers: layer indices for which weight files hold routed experts, ascending.
         hash_layers: those of them that route by a token-id table.
         engram_layers: layer indices with an Engram, ascending; empty without Engram.
     """
@@ -49,6 +51,7 @@ class ModelShape:
     swiglu_limit: float
     dtype: str
     fp8_block: tuple[int, int] | None
+    num_moe_layers: int
     moe_layers: tuple[int, ...]
     hash_layers: tuple[int, ...]
     engram_layers: tuple[int, ...]
@@ -82,7 +85,9 @@ def read_shape(file: Path, config: Mapping[str, Any], moe_layers: Iterable[int])
         raise CheckpointError(
             file, f"model_type is {family!r}, none of {', '.join(FAMILIES)}", "give a checkpoint of the DeepSeek family"
         )
-    architecture = str((config.get("architectures") or ["DeepseekV4ForCausalLM"])[0])
+    architectures = config.get("architectures") or ["DeepseekV4ForCausalLM"]
+    if not isinstance(architectures, list) or not isinstance(architectures[0], str):
+        raise CheckpointError(file, f"architectures is {architectures!r}", "it must be a list of one name")
     config = text_config(config)
     num_layers = _positive_int(file, config, "num_hidden_layers")
     num_experts = _positive_int(file, config, "n_routed_experts")
@@ -91,25 +96,49 @@ def read_shape(file: Path, config: Mapping[str, Any], moe_layers: Iterable[int])
         raise CheckpointError(
             file, f"num_experts_per_tok is {top_k}, but n_routed_experts is {num_experts}", "correct one of them"
         )
-    num_hash = int(config.get("num_hash_layers") or 0)
+    num_hash = _whole_number(file, config, "num_hash_layers")
     layers = tuple(sorted(moe_layers))
     return ModelShape(
         family=str(family),
-        architecture=architecture,
+        architecture=architectures[0],
         num_layers=num_layers,
         hidden_size=_positive_int(file, config, "hidden_size"),
         vocab_size=_positive_int(file, config, "vocab_size"),
         num_experts=num_experts,
-        num_shared_experts=int(config.get("n_shared_experts") or 0),
+        num_shared_experts=_whole_number(file, config, "n_shared_experts"),
         top_k=top_k,
         intermediate_size=_positive_int(file, config, "moe_intermediate_size"),
         swiglu_limit=_swiglu_limit(file, config) if family in CLAMPED_FAMILIES else math.inf,
-        dtype=activations_of(config),
+        dtype=_dtype(file, config),
         fp8_block=fp8_block_of(config),
+        num_moe_layers=_num_moe_layers(file, config, num_layers),
         moe_layers=layers,
         hash_layers=tuple(layer for layer in layers if layer < num_hash),
         engram_layers=_engram_layers(file, config, num_layers),
     )
+
+
+def _dtype(file: Path, config: Mapping[str, Any]) -> str:
+    dtype = activations_of(config)
+    if dtype not in DTYPES:
+        raise CheckpointError(file, f"dtype is {dtype!r}", f"it must be one of {', '.join(DTYPES)}")
+    return dtype
+
+
+def _num_moe_layers(file: Path, config: Mapping[str, Any], num_layers: int) -> int:
+    """V4: every layer; before, from `first_k_dense_replace` on every `moe_layer_freq`-th."""
+    first = _whole_number(file, config, "first_k_dense_replace")
+    every = _whole_number(file, config, "moe_layer_freq") or 1
+    if config.get("model_type") in CLAMPED_FAMILIES:
+        return num_layers
+    return len(range(-(-first // every) * every, num_layers, every))
+
+
+def _whole_number(file: Path, config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key) or 0
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise CheckpointError(file, f"{key} is {value!r}", "it must be a whole number")
+    return value
 
 
 def _positive_int(file: Path, config: Mapping[str, Any], key: str) -> int:
@@ -136,6 +165,8 @@ def _swiglu_limit(file: Path, config: Mapping[str, Any]) -> float:
 
 def _engram_layers(file: Path, config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
     layers = config.get("engram_layer_ids") or []
+    if not isinstance(layers, list):
+        raise CheckpointError(file, f"engram_layer_ids is {layers!r}", "it must be a list of layers")
     outside = [layer for layer in layers if not (isinstance(layer, int) and 0 <= layer < num_layers)]
     if outside:
         raise CheckpointError(file, f"engram_layer_ids names {outside}", f"layers are 0..{num_layers - 1}")

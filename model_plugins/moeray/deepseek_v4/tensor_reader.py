@@ -67,6 +67,7 @@ class TensorReader:
         out = torch.empty(
             (sum(part.shape[0] for part in parts), *first.shape[1:]) if first.shape else (),
             dtype=TORCH_DTYPES[first.dtype],
+            device="cpu",  # whatever the caller's default device is
         )
         target = memoryview(out.reshape(-1).view(torch.uint8).numpy().data)
         begin = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,11 +44,17 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class WeightFile:
-    """One safetensors file: its size and its header as stored (8 length bytes included)."""
+    """One safetensors file.
+
+    Attributes:
+        header: as stored (8 length bytes included).
+        stamp: inode and time of the last change (ns) when the header was read.
+    """
 
     file: Path
     size_bytes: int
     header: bytes
+    stamp: tuple[int, int]
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -60,7 +67,7 @@ def read_json(file: Path) -> dict[str, Any]:
         data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(file, "the file is missing", DOWNLOAD_AGAIN) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(file, f"cannot be read as JSON ({error})", DOWNLOAD_AGAIN) from None
     if not isinstance(data, dict):
         raise CheckpointError(file, f"holds a JSON {type(data).__name__}, not an object", DOWNLOAD_AGAIN)
@@ -80,27 +87,32 @@ def read_headers(directory: Path) -> tuple[tuple[WeightFile, ...], dict[str, Sto
     weight_map = read_json(index_file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(index_file, "has no weight_map", DOWNLOAD_AGAIN)
-    parts = {name: _read_header(_beside(index_file, str(name))) for name in sorted(set(weight_map.values()))}
-    tensors = {name: tensor for _, found in parts.values() for name, tensor in found.items()}
+    for name in weight_map.values():
+        if not isinstance(name, str):
+            raise CheckpointError(index_file, f"weight_map names {name!r}, which is no file", DOWNLOAD_AGAIN)
+    parts = {name: _read_header(_beside(index_file, name)) for name in sorted(set(weight_map.values()))}
+    tensors = {}
     for name, part in weight_map.items():
         if name not in parts[part][1]:
             raise CheckpointError(
                 directory / part, f"does not hold {name}, which {INDEX_FILE} puts there", DOWNLOAD_AGAIN
             )
+        tensors[name] = parts[part][1][name]
     return tuple(weight_file for weight_file, _ in parts.values()), tensors
 
 
 def _beside(index_file: Path, name: str) -> Path:
     file = index_file.parent / name
-    if Path(name).name != name:
+    if Path(name).name != name or name in ("", ".", "..") or "\0" in name:
         raise CheckpointError(index_file, f"weight_map names {name!r}", "weight files must lie beside the index")
     return file
 
 
 def _read_header(file: Path) -> tuple[WeightFile, dict[str, StoredTensor]]:
     try:
-        size = file.stat().st_size
         with file.open("rb") as stream:
+            found = os.fstat(stream.fileno())
+            size = found.st_size
             length_bytes = stream.read(8)
             length = struct.unpack("<Q", length_bytes)[0] if len(length_bytes) == 8 else 0
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
@@ -115,11 +127,20 @@ def _read_header(file: Path) -> tuple[WeightFile, dict[str, StoredTensor]]:
     except OSError as error:
         raise CheckpointError(file, f"cannot be read ({error})", "check its permissions and the disk") from None
     tensors = _parse_header(file, header[8:])
+    end = 8 + length
+    for tensor in sorted(tensors.values(), key=lambda each: (each.offset, each.num_bytes)):
+        if tensor.offset != end:
+            raise CheckpointError(
+                file,
+                f"{tensor.name} begins at byte {tensor.offset}, the tensor before it ends at {end}",
+                DOWNLOAD_AGAIN,
+            )
+        end += tensor.num_bytes
     data_bytes = max((tensor.offset + tensor.num_bytes for tensor in tensors.values()), default=8 + length)
     if data_bytes != size:
         state = "truncated" if size < data_bytes else "too long"
         raise CheckpointError(file, f"is {state}: {data_bytes} bytes expected, {size} found", DOWNLOAD_AGAIN)
-    return WeightFile(file, size, header), tensors
+    return WeightFile(file, size, header, (found.st_ino, found.st_mtime_ns)), tensors
 
 
 def _parse_header(file: Path, text: bytes) -> dict[str, StoredTensor]:

@@ -67,6 +67,7 @@ _OURS: Mapping[str, str] = {
 }
 # Where experts leave vLLM: with experts.num_groups 0 and a model that vLLM runs whole these are the user's.
 _OURS_WITH_HOP: Mapping[str, str] = {
+    "hf_overrides": "expert groups read config.json as it is, and so must the shards",
     "dtype": "expert groups compute in the checkpoint's own, and so must the shards",
     "load_format": "a shard reads everything but the routed experts",
     "distributed_executor_backend": "a shard is one process",
@@ -198,8 +199,6 @@ def _build(
     plugin.register()
     defaults = _defaults(model, experts_in)
     wanted = {key: value for key, value in wanted.items() if key != TOOL_PARSER}
-    if isinstance(wanted.get("hf_overrides"), Mapping):
-        wanted["hf_overrides"] = {**defaults.get("hf_overrides", {}), **wanted["hf_overrides"]}
     if isinstance(wanted.get("compilation_config"), Mapping):
         wanted["compilation_config"] = {**defaults.get("compilation_config", {}), **wanted["compilation_config"]}
     merged = {**defaults, **wanted, **ours, "model": str(model.directory), "served_model_name": model_name}

@@ -82,9 +82,10 @@ class KernelExperts:
             name for layer, experts in experts_per_layer.items() for name in checkpoint.expert_names(layer, experts)
         )
         layers: dict[int, Any] = {}
-        with TensorReader() as reader, set_current_vllm_config(VllmConfig()), torch.device(device):
+        with TensorReader() as reader, set_current_vllm_config(VllmConfig()):
             for layer, experts in experts_per_layer.items():
-                layers[layer] = _new_layer(checkpoint, layer, sorted(experts))
+                with torch.device(device):
+                    layers[layer] = _new_layer(checkpoint, layer, sorted(experts))
                 for slot, expert in enumerate(sorted(experts)):
                     _fill(layers[layer], reader, checkpoint, layer, expert, slot)
                     if on_progress is not None:
@@ -131,7 +132,7 @@ class KernelExperts:
             return x_TD.new_empty((0, x_TD.shape[1]))
         x_PD = x_TD.index_select(0, torch.from_numpy(pairs // ids.shape[1]).to(x_TD.device))
         rows_PD = self._rows(layer, x_PD, torch.from_numpy(slots).to(x_TD.device))
-        require_finite(layer, rows_PD, experts)
+        require_finite(layer, x_TD, rows_PD, experts)
         self._counts.add(layer, experts)
         return rows_PD
 

@@ -26,12 +26,14 @@ class LoadReport:
         names: tensors read, as the checkpoint names them.
         skipped: tensors left unread.
         bytes_read, bytes_total: of all tensors.
+        fingerprint: content id of what was loaded.
     """
 
     names: tuple[str, ...]
     skipped: tuple[str, ...]
     bytes_read: int
     bytes_total: int
+    fingerprint: str
 
 
 _last_report: LoadReport | None = None
@@ -70,7 +72,9 @@ class ShardLoader(BaseModelLoader):  # type: ignore[misc, unused-ignore]
         missing = sorted({name for name, _ in model.named_parameters()} - loaded)
         if missing:
             raise CheckpointError(directory, f"no tensor for {', '.join(missing)}", "download the checkpoint again")
-        _last_report = LoadReport(names, skipped, bytes_read, checkpoint.bytes_of(checkpoint.tensors))
+        _last_report = LoadReport(
+            names, skipped, bytes_read, checkpoint.bytes_of(checkpoint.tensors), checkpoint.fingerprint()
+        )
 
 
 def _stored(checkpoint: Checkpoint, names: tuple[str, ...], reader: TensorReader) -> Iterator[tuple[str, Tensor]]:
@@ -85,7 +89,7 @@ def _values(checkpoint: Checkpoint, names: tuple[str, ...], reader: TensorReader
     for name in names:
         if checkpoint.is_scale(name):
             continue
-        if checkpoint.names.scale_of(name) in checkpoint.tensors:
+        if checkpoint.is_quantised(name):
             yield name, read_matrix(reader, checkpoint.matrix(name), dtype)
         else:
             yield name, reader.read([checkpoint.tensors[name]])

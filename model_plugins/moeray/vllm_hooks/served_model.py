@@ -26,6 +26,9 @@ SPLIT_ARCHITECTURES = tuple(MODEL_MODULES)
 NEEDS_GPU = ("DeepseekV32ForCausalLM", "DeepseekV41ForCausalLM", "GlmMoeDsaForCausalLM")
 """vLLM has no sparse attention (V3.2), or no model file at all (V4.1), for CPU."""
 
+ENGRAM_ON_CPU = ("DeepseekV4ForCausalLM",)
+"""Our Engram layers on a V4 body; V4.1 has vLLM's own, on GPUs."""
+
 OWN_EXPERTS_ON_CPU = ("DeepseekV4ForCausalLM",)
 """vLLM's CPU kernels ignore the `swiglu_limit` of their routed experts without an error: other answers. Where such a
 model is not split on CPU, moeray's own experts run inside the shard: the answers are those of the split model."""
@@ -76,6 +79,7 @@ class ServedModel:
         num_experts: routed experts per MoE layer; 0 for a dense model.
         context_tokens: the longest sequence it was made for; None where it does not say.
         dtype: torch's name of its activations' dtype.
+        has_engram: some of its layers look up n-grams.
     """
 
     directory: Path
@@ -85,6 +89,7 @@ class ServedModel:
     num_experts: int
     context_tokens: int | None
     dtype: str
+    has_engram: bool
     dialect: Dialect
 
     @property
@@ -118,6 +123,7 @@ def describe_model(directory: Path) -> ServedModel:
         num_experts=_number(text, *_NUM_EXPERTS_KEYS),
         context_tokens=_number(text, "max_position_embeddings", "n_positions") or None,
         dtype=activations_of(text),
+        has_engram=bool(text.get("engram_layer_ids")),
         dialect=_DIALECTS.get(model_type, Dialect()),
     )
 
@@ -131,6 +137,8 @@ def experts_in(config: ClusterConfig, model: ServedModel) -> ExpertsIn:
     on_gpu = config.attention.num_gpus > 0
     if model.architecture in NEEDS_GPU and not on_gpu:
         raise ConfigError(f"model: vLLM runs {model.architecture} on GPUs only; set attention.num_gpus")
+    if model.architecture in ENGRAM_ON_CPU and model.has_engram and on_gpu:
+        raise ConfigError(f"model: Engram in {model.architecture} runs on CPU only; set attention.num_gpus 0")
     if config.experts.num_groups:
         if not model.can_be_split:
             raise ConfigError(
@@ -138,6 +146,18 @@ def experts_in(config: ClusterConfig, model: ServedModel) -> ExpertsIn:
             )
         return ExpertsIn.GROUPS if config.num_remote_groups else ExpertsIn.SHARD
     return ExpertsIn.SHARD if model.architecture in OWN_EXPERTS_ON_CPU and not on_gpu else ExpertsIn.VLLM
+
+
+def limits(model: ServedModel) -> tuple[str, ...]:
+    """What this version cannot do with it, one line each; `experts_in` refuses the same."""
+    found = []
+    if model.architecture in NEEDS_GPU:
+        found.append(f"vLLM runs {model.architecture} on GPUs only (attention.num_gpus)")
+    if not model.can_be_split:
+        found.append(f"{_why_not(model)}: not split only (experts.num_groups 0)")
+    if model.architecture in ENGRAM_ON_CPU and model.has_engram:
+        found.append(f"Engram in {model.architecture} runs on CPU only (attention.num_gpus 0)")
+    return tuple(found)
 
 
 def has_tokenizer(directory: Path) -> bool:

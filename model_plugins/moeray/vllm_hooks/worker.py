@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from moeray.deepseek_v4 import Checkpoint, RoutedExperts
+from moeray.deepseek_v4 import Checkpoint, CheckpointError, RoutedExperts
 from moeray.placement import Placement
 from moeray.transport import ModelIdentity, Transport, TransportSpec, connect
 from moeray.vllm_hooks.engram_layer import EngramLayer
@@ -106,15 +106,23 @@ def _connect(settings: ShardSettings, vllm_config: Any, placement: Placement, ad
 
 
 def _identity(checkpoint: Checkpoint, vllm_config: Any) -> ModelIdentity:
+    """Of what this shard has loaded, whatever lies in the directory by now."""
     shape = checkpoint.shape
     return ModelIdentity(
-        fingerprint=checkpoint.fingerprint(),
+        fingerprint=_loaded_fingerprint(),
         hidden_size=shape.hidden_size,
         num_experts=shape.num_experts,
         num_layers=shape.num_layers,
         top_k=shape.top_k,
         dtype=str(vllm_config.model_config.dtype).removeprefix("torch."),
     )
+
+
+def _loaded_fingerprint() -> str:
+    report = last_report()
+    if report is None:
+        raise RuntimeError("this engine has loaded no checkpoint with moeray's loader")
+    return report.fingerprint
 
 
 def _local_experts(settings: ShardSettings | None, vllm_config: Any) -> RoutedExperts | None:
@@ -129,4 +137,9 @@ def _all_experts(settings: ShardSettings, dtype: torch.dtype) -> RoutedExperts:
     """For the local backend only: read once, kept for later generations."""
     checkpoint = Checkpoint.open(settings.checkpoint)
     everything = dict.fromkeys(checkpoint.shape.moe_layers, range(checkpoint.shape.num_experts))
-    return RoutedExperts.load(checkpoint, everything, dtype=dtype)
+    experts = RoutedExperts.load(checkpoint, everything, dtype=dtype)
+    if checkpoint.fingerprint() != _loaded_fingerprint():
+        raise CheckpointError(
+            settings.checkpoint, "was replaced after the shard had loaded it", "start the shard again"
+        )
+    return experts

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from published_checkpoints import V4_FLASH, write_published
+from published_checkpoints import V4_FLASH, V41_FLASH, write_published
 
 from moeray.cli.commands import main
+from moeray.deepseek_v4.quantise import quantise_checkpoint
 from moeray.tiny import checkpoint_path
 
 WHOLE = sum(file.stat().st_size for file in checkpoint_path().glob("*.safetensors"))
@@ -21,7 +22,7 @@ def test_the_bundled_model_fits_and_its_bytes_are_sorted_by_role(capsys: pytest.
     assert "16 of width 64, top-2, 1 shared; 4 MoE layers, 2 of them hash-routed; swiglu limit 10" in text
     assert "Engram: layers 1, 2" in text
     assert "BF16" in text
-    assert text.rstrip().endswith("fits")
+    assert "fits, within the limits of this version:\n    Engram in DeepseekV4ForCausalLM runs on CPU only" in text
 
 
 def test_json_has_the_same_facts_for_scripts(capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,6 +51,24 @@ def test_a_shape_outside_vllms_cpu_kernels_is_told_as_that(tmp_path: Path, capsy
     directory = write_published(tmp_path, {**V4_FLASH, "num_hidden_layers": 1, "head_dim": 256})
     assert main(["inspect", str(directory)]) == 0
     assert "head_dim is 256: vLLM's CPU kernels for V4 have 512" in capsys.readouterr().out
+
+
+def test_what_the_cluster_would_refuse_is_told_beforehand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = write_published(tmp_path, V41_FLASH)
+    assert main(["inspect", str(directory), "--json"]) == 0
+    gpu, split = json.loads(capsys.readouterr().out)["limits"]
+    assert "DeepseekV41ForCausalLM on GPUs only" in gpu
+    assert "cannot leave the attention shard" in split
+
+
+def test_many_problems_are_counted_and_not_a_crash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Blocks of another size than config.json says, in every matrix of the shard."""
+    directory = quantise_checkpoint(checkpoint_path(), tmp_path / "quantised")
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"]["weight_block_size"] = [32, 32]
+    (directory / "config.json").write_text(json.dumps(config))
+    assert main(["inspect", str(directory)]) == 1
+    assert "more" in capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

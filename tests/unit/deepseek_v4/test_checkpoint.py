@@ -148,13 +148,21 @@ def test_weights_that_do_not_fit_the_config_are_refused_with_both_shapes(write: 
     [
         ({"model_type": "llama"}, "model_type is 'llama'"),
         ({"hidden_size": ...}, "key 'hidden_size' is missing"),
+        ({"num_hash_layers": "x"}, "num_hash_layers is 'x'"),
+        ({"n_shared_experts": "two"}, "n_shared_experts is 'two'"),
+        ({"architectures": 5}, "architectures is 5"),
+        ({"engram_layer_ids": 5}, "engram_layer_ids is 5"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"swiglu_limit": ...}, "key 'swiglu_limit' is missing"),
         ({"swiglu_limit": -1}, "swiglu_limit is -1"),
         ({"num_experts_per_tok": 0}, "num_experts_per_tok is 0"),
         ({"num_experts_per_tok": 7}, "num_experts_per_tok is 7, but n_routed_experts is 6"),
         ({"n_routed_experts": "six"}, "n_routed_experts is 'six'"),
         ({"engram_layer_ids": [3]}, r"engram_layer_ids names \[3\]"),
-        ({"num_hidden_layers": 2}, "num_hidden_layers is 2, but layer 2 has experts"),
+        (
+            {"num_hidden_layers": 2},
+            "num_hidden_layers is 2, 2 of them with routed experts, but the weight files hold experts of 3",
+        ),
     ],
 )
 def test_a_bad_config_key_is_named_with_its_value(write: Write, changes: dict[str, Any], message: str) -> None:
@@ -217,7 +225,7 @@ def hugging_face(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for name, tensor in tensors.items():
         for part, other in parts.items():
             name = name.replace(f".{part}.", f".{other}.")
-        renamed["model." + name.replace(".ffn.", ".mlp.")] = tensor
+        renamed["model." + name.replace(".ffn.", ".mlp.").replace("embed.weight", "embed_tokens.weight")] = tensor
     return renamed
 
 
@@ -254,3 +262,66 @@ def test_every_problem_is_told_where_it_is_asked_for(write: Write) -> None:
     assert len(problems) == 2
     assert "layers.0.ffn.experts.1.w1.weight is in no weight file" in problems[0]
     assert "layers.2.ffn.experts.5.w2.weight has shape [48, 19], config.json asks for [48, 20]" in problems[1]
+
+
+def test_quantised_weights_of_the_shard_need_their_scales_too(write: Write) -> None:
+    """Read as plain numbers they would make wrong text without any error."""
+    tensors = load_file(write(name="plain") / "model.safetensors")
+    tensors["layers.1.ffn.shared_experts.w1.weight"] = torch.zeros(20, 48).to(torch.float8_e4m3fn)
+    with pytest.raises(CheckpointError, match=r"shared_experts\.w1\.weight is stored as F8_E4M3 and has no scales"):
+        Checkpoint.open(write(tensors))
+
+
+@pytest.mark.parametrize("missing", ["embed.weight", "layers.1.ffn.gate.weight"])
+def test_a_missing_tensor_of_the_shard_is_found_before_anything_starts(write: Write, missing: str) -> None:
+    tensors = load_file(write(name="plain") / "model.safetensors")
+    del tensors[missing]
+    with pytest.raises(CheckpointError, match=f"{re.escape(missing)} is in no weight file"):
+        Checkpoint.open(write(tensors))
+
+
+def test_a_layer_without_any_expert_is_a_problem(write: Write) -> None:
+    tensors = load_file(write(name="plain") / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("layers.1.ffn.experts")}
+    with pytest.raises(CheckpointError, match="3 of them with routed experts, but the weight files hold experts of 2"):
+        Checkpoint.open(write(kept))
+    dense_first = {"first_k_dense_replace": 1, **V3}
+    kept = {name: tensor for name, tensor in hugging_face(tensors).items() if not name.startswith("model.layers.0.mlp")}
+    assert Checkpoint.open(write(kept, name="v3", **dense_first)).shape.moe_layers == (1,)
+
+
+def test_the_index_says_which_file_a_tensor_is_read_from(write: Write) -> None:
+    directory = write(num_shards=2)
+    index = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+    other = next(file for file in set(index.values()) if file != index[EXPERT])
+    there = load_file(directory / other)
+    save_file({**there, EXPERT: torch.zeros(20, 48, dtype=torch.bfloat16)}, directory / other)
+    assert Checkpoint.open(directory).tensors[EXPERT].file.name == index[EXPERT]
+
+
+def test_tensors_that_share_bytes_are_refused(tmp_path: Path) -> None:
+    entry = {"dtype": "BF16", "shape": [4], "data_offsets": [0, 8]}
+    header = json.dumps({"a": entry, "b": entry}).encode()
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(CheckpointError, match=r"begins at byte .*, the tensor before it ends at"):
+        Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", [5, None, [1], "..", "a\0b", ""])
+def test_a_weight_map_that_names_no_file_is_refused(write: Write, name: Any) -> None:
+    directory = write(num_shards=2)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(CheckpointError, match="weight_map names"):
+        Checkpoint.open(directory)
+
+
+def test_the_fingerprint_is_of_what_was_opened_or_an_error(write: Write) -> None:
+    directory = write()
+    checkpoint = Checkpoint.open(directory)
+    file = directory / "model.safetensors"
+    replaced = file.read_bytes()
+    file.unlink()
+    file.write_bytes(replaced[:-1] + b"\x01")
+    with pytest.raises(CheckpointError, match="was replaced or changed while it was read"):
+        checkpoint.fingerprint()

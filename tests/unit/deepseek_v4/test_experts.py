@@ -155,9 +155,19 @@ def test_an_expert_that_is_not_held_is_named(write: Write) -> None:
 def test_a_non_finite_row_is_an_error_that_names_its_experts(write: Write, poison: float) -> None:
     experts = RoutedExperts.load(Checkpoint.open(write()), ALL)
     x_TD, _ = batch(3)
-    x_TD[1, 5] = poison
+    ids_TK = torch.tensor([[0, 1], [3, 2], [4, 5]], dtype=torch.int32)
+    for expert in (2, 3):
+        experts._weights[1][expert].w2[7, 3] = poison
     with pytest.raises(ExpertError, match=r"layer 1: experts \[2, 3\] gave NaN or Inf"):
-        experts(1, x_TD, torch.tensor([[0, 1], [3, 2], [4, 5]], dtype=torch.int32))
+        experts(1, x_TD, ids_TK)
+
+
+def test_activations_that_are_not_finite_are_not_blamed_on_an_expert(write: Write) -> None:
+    experts = RoutedExperts.load(Checkpoint.open(write()), ALL)
+    x_TD, ids_TK = batch(3)
+    x_TD[1, 5] = float("nan")
+    with pytest.raises(ExpertError, match="layer 1: the shard sent activations that hold NaN or Inf"):
+        experts(1, x_TD, ids_TK)
 
 
 def test_large_finite_rows_are_no_error(write: Write) -> None:

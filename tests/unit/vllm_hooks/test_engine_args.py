@@ -125,7 +125,9 @@ def test_vllms_own_parallelism_is_the_users_where_experts_stay_in_vllm(llama: Pa
     assert plain(llama).distributed_executor_backend == EXECUTOR
 
 
-@pytest.mark.parametrize("key", ["tensor_parallel_size", "load_format", "enable_expert_parallel"])
+@pytest.mark.parametrize(
+    "key", ["tensor_parallel_size", "load_format", "enable_expert_parallel", "dtype", "hf_overrides"]
+)
 def test_vllms_own_parallelism_is_refused_where_experts_leave_it(key: str) -> None:
     with pytest.raises(ConfigError, match=rf"attention\.engine_args\.{key}: may not be set"):
         shard(**{key: 2})

@@ -12,6 +12,7 @@ import torch
 
 from moeray.deepseek_v4 import Checkpoint, CheckpointError, ExpertError, RoutedExperts
 from moeray.deepseek_v4.quantise import quantise_checkpoint
+from moeray.deepseek_v4.tensor_reader import TensorReader
 from moeray.tiny import checkpoint_path
 from moeray.vllm_hooks.kernel_experts import KernelExperts
 
@@ -65,6 +66,12 @@ def test_exactly_the_held_experts_are_read(kernel: KernelExperts, unclamped: Che
     assert kernel.weight_bytes == kernel.bytes_read
 
 
+def test_weights_are_read_into_host_memory_whatever_the_default_device_is(unclamped: Checkpoint) -> None:
+    """On a GPU the layer is built with the GPU as default device."""
+    with torch.device("meta"), TensorReader() as reader:
+        assert reader.read([unclamped.expert_matrix(0, 2, "w1").weight]).device == CPU
+
+
 def test_rows_are_counted_per_layer_and_expert(unclamped: Checkpoint) -> None:
     experts = KernelExperts.load(unclamped, HELD, device=CPU)
     assert not experts.tokens().any(), "the check of the kernel is not load"
@@ -79,11 +86,19 @@ def test_an_expert_that_is_not_held_is_an_error_with_its_number(kernel: KernelEx
         kernel(0, torch.zeros(1, 128, dtype=torch.bfloat16), torch.tensor([[3]], dtype=torch.int32))
 
 
-def test_a_non_finite_row_names_its_expert(kernel: KernelExperts) -> None:
+def test_activations_that_are_not_finite_are_not_blamed_on_an_expert(kernel: KernelExperts) -> None:
     x_TD, ids_TK = batch(1)
     x_TD[1] = float("nan")
-    with pytest.raises(ExpertError, match=r"layer 0: experts \[2, 5\] gave NaN or Inf"):
+    with pytest.raises(ExpertError, match="layer 0: the shard sent activations that hold NaN or Inf"):
         kernel(0, x_TD, ids_TK)
+
+
+def test_a_non_finite_row_names_its_expert(unclamped: Checkpoint) -> None:
+    experts = KernelExperts.load(unclamped, HELD, device=CPU)
+    x_TD, ids_TK = batch(1)
+    x_TD[1] = 3e38  # finite, but not what comes of it
+    with pytest.raises(ExpertError, match=r"layer 0: experts \[2, 5\] gave NaN or Inf"):
+        experts(0, x_TD, ids_TK)
 
 
 def test_a_kernel_that_leaves_the_clamp_out_is_refused() -> None:
