@@ -21,6 +21,7 @@ TESTS_FAILED = 1
 ROOT = Path(__file__).parents[2]
 CODE_ROOTS = ("cluster", "model_plugins", "deployments")
 EXPERTS = "model_plugins/moeray/deepseek_v4/experts.py"
+CHECKPOINT = "model_plugins/moeray/deepseek_v4/checkpoint.py"
 FORMATS = "model_plugins/moeray/deepseek_v4/formats.py"
 ENGRAM = "model_plugins/moeray/deepseek_v4/engram.py"
 ROUTING = "model_plugins/moeray/vllm_hooks/cpu_routing.py"
@@ -253,12 +254,12 @@ MUTATIONS = (
     ),
     # --- guards
     Mutation(
-        "packed weights without scales pass for numbers", "model_plugins/moeray/deepseek_v4/checkpoint.py",
+        "packed weights without scales pass for numbers", CHECKPOINT,
         " or self.tensors[name].dtype in NEEDS_SCALES", "",
         "tests/unit/deepseek_v4/test_checkpoint.py::test_quantised_weights_of_the_shard_need_their_scales_too",
     ),
     Mutation(
-        "files that change under a load are taken for what was loaded", "model_plugins/moeray/deepseek_v4/checkpoint.py",
+        "files that change under a load are taken for what was loaded", CHECKPOINT,
         "            _require_unchanged(weight_file)\n", "            pass\n",
         "tests/unit/deepseek_v4/test_checkpoint.py::test_the_fingerprint_is_of_what_was_opened_or_an_error",
     ),

@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="as JSON, for scripts")
     inspect.add_argument("--groups", type=_positive, metavar="N", help="also plan what each of N expert groups reads")
     inspect.add_argument(
-        "--redundant", type=int, default=0, metavar="R", help="with R extra copies per layer (default 0)"
+        "--redundant", type=int, default=0, metavar="R", help="with --groups: R extra copies per layer (default 0)"
     )
 
     demo = commands.add_parser(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from moeray.cli.errors import CommandError
@@ -14,7 +14,7 @@ from moeray.deepseek_v4.inspection import Inspection, inspect
 from moeray.deepseek_v4.loading_plan import GroupLoad, plan_loading
 from moeray.deepseek_v4.source import locate
 from moeray.placement import PlacementError, contiguous
-from moeray.vllm_hooks.served_model import describe_model, limits
+from moeray.vllm_hooks.served_model import describe_model, has_tokenizer, limits
 
 DOES_NOT_FIT = 1
 
@@ -29,6 +29,9 @@ def inspect_checkpoint(model: str, *, groups: int | None, redundant: int, as_jso
     try:
         checkpoint = Checkpoint.read(locate(model))
         found = inspect(checkpoint)
+        if not has_tokenizer(checkpoint.path):
+            missing = f"{checkpoint.path / 'tokenizer.json'}: is missing; copy it from the model's source"
+            found = replace(found, problems=(*found.problems, missing))
         limited = (*limits(describe_model(checkpoint.path)), *(f"on CPU, {each}" for each in found.cpu_problems))
         loads = _plan(checkpoint, groups, redundant) if groups and not found.problems else ()
     except (CheckpointError, ConfigError, PlacementError) as error:

@@ -83,7 +83,7 @@ class RoutedExperts:
 
         Args:
             experts_per_layer: model layer -> logical experts to hold.
-            dtype: of the matrices; None for the activations' (`shape.dtype`), which holds quantised values exactly.
+            dtype: of the matrices; None for the activations' (`shape.dtype`).
         Raises:
             CheckpointError: a file became unreadable or shorter since the checkpoint was opened.
             KeyError: a layer or expert that the checkpoint does not have.

@@ -105,7 +105,7 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
         path=checkpoint.path,
         shape=checkpoint.shape,
         roles=dict(sorted(roles.items(), key=lambda item: -item[1].num_bytes)),
-        problems=(*problems, *_missing_files(checkpoint)),
+        problems=tuple(problems),
         cpu_problems=tuple(_cpu_problems(checkpoint)),
     )
 
@@ -128,11 +128,6 @@ def role_of(checkpoint: Checkpoint, name: str) -> str:
     if checkpoint.is_routed_expert(name):
         return ROUTED
     return next((role for role, pattern in _ROLES if pattern.search(name)), OTHER)
-
-
-def _missing_files(checkpoint: Checkpoint) -> Iterator[str]:
-    if not (file := checkpoint.path / "tokenizer.json").is_file():
-        yield f"{file}: is missing; copy it from the model's source"
 
 
 def _cpu_problems(checkpoint: Checkpoint) -> Iterator[str]:

@@ -19,7 +19,7 @@ def locate(model: str) -> Path:
     if model in BUNDLED:
         return BUNDLED[model]()
     directory = Path(model).expanduser()
-    if directory.is_dir():
+    if model and directory.is_dir():
         return directory.resolve()
     looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
     if looks_like_path:

@@ -74,6 +74,7 @@ def test_many_problems_are_counted_and_not_a_crash(tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([""], "'' is neither a bundled model"),
         (["./nowhere"], "'./nowhere' is neither a bundled model"),
         (["moeray-tiny", "--groups", "17"], "16 experts cannot be spread over 17 expert groups"),
         (["moeray-tiny", "--groups", "2", "--redundant", "17"], "17 redundant copies of 16 experts do not fit"),
@@ -86,3 +87,10 @@ def test_a_wrong_question_gets_one_line_and_status_2(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_missing_tokenizer_is_a_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = write_published(tmp_path, {**V4_FLASH, "num_hidden_layers": 1})
+    (directory / "tokenizer.json").unlink()
+    assert main(["inspect", str(directory)]) == 1
+    assert f"{directory / 'tokenizer.json'}: is missing" in capsys.readouterr().out
