@@ -87,16 +87,6 @@ class Inspection:
 
 def inspect(checkpoint: Checkpoint) -> Inspection:
     """Sort every tensor by role and format, and list what does not fit; `checkpoint` may be one with problems."""
-    roles: dict[str, Role] = defaultdict(Role)
-    for name, weight in checkpoint.tensors.items():
-        if checkpoint.is_scale(name):
-            continue
-        scale = checkpoint.tensors.get(checkpoint.names.scale_of(name))
-        role = roles[role_of(checkpoint, name)]
-        try:
-            role.add(stored_matrix(weight, scale, checkpoint.shape.fp8_block))
-        except CheckpointError:  # told among the problems; integers (token tables) are what they are
-            role.add(StoredMatrix(weight, None, weight.shape, None))
     found = (str(problem) for problem in checkpoint.problems())
     problems = list(islice(found, MAX_PROBLEMS))
     if (more := sum(1 for _ in found)) > 0:
@@ -104,7 +94,7 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
     return Inspection(
         path=checkpoint.path,
         shape=checkpoint.shape,
-        roles=dict(sorted(roles.items(), key=lambda item: -item[1].num_bytes)),
+        roles=_roles(checkpoint),
         problems=tuple(problems),
         cpu_problems=tuple(_cpu_problems(checkpoint)),
     )
@@ -115,10 +105,25 @@ def value_bytes(checkpoint: Checkpoint) -> tuple[int, int]:
 
     Engram tables are mapped, draft layers and vision are not read: they count for nothing.
     """
-    roles = inspect(checkpoint).roles
+    roles = _roles(checkpoint)
     held = {name: max(role.num_bytes, 2 * role.num_values) for name, role in roles.items() if name not in _NOT_HELD}
     experts = held.pop(ROUTED, 0)
     return sum(held.values()), experts
+
+
+def _roles(checkpoint: Checkpoint) -> dict[str, Role]:
+    """Every tensor by its role, largest role first."""
+    roles: dict[str, Role] = defaultdict(Role)
+    for name, weight in checkpoint.tensors.items():
+        if checkpoint.is_scale(name):
+            continue
+        scale = checkpoint.tensors.get(checkpoint.names.scale_of(name))
+        role = roles[role_of(checkpoint, name)]
+        try:
+            role.add(stored_matrix(weight, scale, checkpoint.shape.fp8_block))
+        except CheckpointError:  # told among the problems; integers (token tables) are what they are
+            role.add(StoredMatrix(weight, None, weight.shape, None))
+    return dict(sorted(roles.items(), key=lambda item: -item[1].num_bytes))
 
 
 def role_of(checkpoint: Checkpoint, name: str) -> str:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from moeray.config import ClusterConfig, ConfigError
+from moeray.deepseek_v4.checkpoint import CONFIG_FILE
 from moeray.deepseek_v4.shape import activations_of, text_config
 from moeray.vllm_hooks.architecture import MODEL_MODULES
 
-CONFIG_FILE = "config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "tekken.json", "vocab.json")
 
 SPLIT_ARCHITECTURES = tuple(MODEL_MODULES)
