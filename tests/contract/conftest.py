@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in sys.path if path))
 
-from transport_peers import Group, Peer, group_peers
+from transport_peers import LINKS, Group, Peer, group_peers, use_links
 
 torch.set_num_threads(1)
 
@@ -37,3 +37,19 @@ def mortal_group() -> Iterator[Peer]:
     peer = Peer(Group)
     yield peer
     peer.end()
+
+
+@pytest.fixture(params=LINKS)
+def links(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every kind of link in turn; see `transport_peers.LINKS`."""
+    use_links(request.param)
+    yield request.param
+    use_links("channel")
+
+
+@pytest.fixture
+def gloo_links() -> Iterator[None]:
+    """Gloo alone."""
+    use_links("gloo")
+    yield
+    use_links("channel")

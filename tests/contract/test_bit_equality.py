@@ -25,7 +25,9 @@ from transport_peers import NUM_LAYERS, Model, Peer, ServerSettings, spec_of
 
 from moeray.placement import Placement
 from moeray.transport import LocalTransport, Transport, connect
+from moeray.transport.channel import ChannelUsers
 from moeray.transport.gloo import GlooCommunicator
+from moeray.transport.packing import DevicePacker
 
 NUM_SHARDS, MAX_GROUPS = 3, 4
 HIDDEN_SIZES = (33, 64, 96, 1100)  # 64 rows fit inline into a dispatch, but at 1100 only 29 (bf16) or 14 (fp32)
@@ -102,16 +104,23 @@ def batch_and_bits(
 
 
 @contextmanager
-def shards_of(peers: list[Peer], topology: Topology, num_shards: int = NUM_SHARDS) -> Iterator[list[Transport]]:
-    """Servers of one topology, and shards number 0, 1, .. connected to them."""
+def shards_of(
+    peers: list[Peer], topology: Topology, num_shards: int = NUM_SHARDS, *, gloo_only: bool = False
+) -> Iterator[list[Transport]]:
+    """Servers of one topology, and shards number 0, 1, .. connected to them.
+
+    The shard in the middle comes by gloo, the others by channel; with an odd top-k, groups of odd numbers refuse that.
+    """
     key, common = f"bits-{next(_keys)}", ServerSettings(topology.model, topology.placement, 0)
     addresses = [
-        peers[group].ask("serve", key, replace(common, group=group)) for group in range(topology.placement.num_groups)
+        peers[group].ask("serve", key, replace(common, group=group, channel=_users(topology, group)))
+        for group in range(topology.placement.num_groups)
     ]
     shards: list[Transport] = []
     try:
         for number in range(num_shards):
-            spec = spec_of(topology.model, f"s{number}", shard_number=number, timeout_s=120)
+            users: ChannelUsers = "off" if gloo_only or number == 1 else "same_user"
+            spec = spec_of(topology.model, f"s{number}", shard_number=number, timeout_s=120, channel=users)
             shards.append(connect(spec, topology.placement, addresses))
         yield shards
     finally:
@@ -119,6 +128,10 @@ def shards_of(peers: list[Peer], topology: Topology, num_shards: int = NUM_SHARD
             shard.close()
         for group in range(topology.placement.num_groups):
             peers[group].ask("stop", key)
+
+
+def _users(topology: Topology, group: int) -> ChannelUsers:
+    return "off" if topology.model.top_k % 2 and group % 2 else "same_user"
 
 
 def run_interleaved(
@@ -204,7 +217,8 @@ def test_bucketed_sizes_give_every_shard_the_oracles_bits(
     """What a device does: see test_transport."""
     monkeypatch.setattr(GlooCommunicator, "bucketed", True)
     topology = topology_with(top_k)
-    with shards_of(groups, topology) as shards:
+    with shards_of(groups, topology, gloo_only=True) as shards:
+        assert all(isinstance(shard._packer, DevicePacker) for shard in shards)  # type: ignore[attr-defined]
 
         @settings(QUICK, max_examples=12)
         @given(st.lists(st.tuples(st.integers(0, 2), calls), max_size=12))

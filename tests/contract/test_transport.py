@@ -15,7 +15,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transport_peers import NUM_LAYERS, Model, Peer, ServerSettings, eventually, resources, spec_of, spread
+from transport_peers import (
+    NUM_LAYERS,
+    Model,
+    Peer,
+    ServerSettings,
+    eventually,
+    links_between,
+    resources,
+    spec_of,
+    spread,
+    users_of,
+)
 
 from moeray.transport import (
     GroupFailed,
@@ -49,7 +60,9 @@ def serve(peers: list[Peer], model: Model, slots: tuple[int, ...], **settings: o
     """Start one server per group; returns their key and addresses."""
     key, placement = str(next(_keys)), spread(model, slots)
     common = ServerSettings(model, placement, 0, **settings)  # type: ignore[arg-type]
-    return key, [peers[g].ask("serve", key, replace(common, group=g)) for g in range(placement.num_groups)]
+    return key, [
+        peers[g].ask("serve", key, replace(common, group=g, channel=users_of(g))) for g in range(placement.num_groups)
+    ]
 
 
 @contextmanager
@@ -59,6 +72,7 @@ def connected(
     key, addresses = serve(peers, model, slots)
     transport = connect(spec_of(model, **changes), spread(model, slots), addresses)
     assert isinstance(transport, AllToAllTransport)
+    assert transport.links == links_between(len(slots))
     try:
         yield transport, key
     finally:
@@ -89,8 +103,8 @@ def test_local_gives_the_oracles_bits_for_every_placement(model: Model, slots: t
 
 
 @pytest.mark.parametrize(("model", "slots"), TOPOLOGIES)
-def test_gloo_gives_the_oracles_bits_for_every_placement(
-    groups: list[Peer], model: Model, slots: tuple[int, ...]
+def test_every_link_gives_the_oracles_bits_for_every_placement(
+    groups: list[Peer], links: str, model: Model, slots: tuple[int, ...]
 ) -> None:
     with connected(groups, model, slots) as (transport, _):
         assert_equals_oracle(transport, model)
@@ -98,7 +112,7 @@ def test_gloo_gives_the_oracles_bits_for_every_placement(
 
 @pytest.mark.parametrize(("model", "slots"), [TOPOLOGIES[2], TOPOLOGIES[3]])
 def test_bucketed_sizes_give_the_oracles_bits(
-    groups: list[Peer], model: Model, slots: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    groups: list[Peer], gloo_links: None, model: Model, slots: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a device does: packing without the host reading a size, replies with unused room."""
     monkeypatch.setattr(GlooCommunicator, "bucketed", True)
@@ -133,7 +147,7 @@ def test_nccl_gives_the_oracles_bits() -> None:
     server.stop()
 
 
-def test_a_batch_routed_to_one_group_only_overflows_there_alone(groups: list[Peer]) -> None:
+def test_a_batch_routed_to_one_group_only_overflows_there_alone(groups: list[Peer], links: str) -> None:
     with connected(groups, SMALL, (2, 2, 4)) as (transport, _):
         x_TD, ids_TK, weights_TK = SMALL.batch(300)
         ids_TK[:] = torch.tensor([1, 0], dtype=torch.int32)
@@ -144,7 +158,7 @@ def test_a_batch_routed_to_one_group_only_overflows_there_alone(groups: list[Pee
         assert transport.timings().pairs_per_group == [594, 3, 3]
 
 
-def test_two_shards_are_not_in_lock_step(groups: list[Peer]) -> None:
+def test_two_shards_are_not_in_lock_step(groups: list[Peer], links: str) -> None:
     """One shard makes many calls of other sizes while the other has one in flight and does not fetch it."""
     slots = (3, 5)
     _, addresses = serve(groups, SMALL, slots)
@@ -158,7 +172,7 @@ def test_two_shards_are_not_in_lock_step(groups: list[Peer]) -> None:
     busy.close()
 
 
-def test_two_shards_at_once_do_not_disturb_each_other(groups: list[Peer]) -> None:
+def test_two_shards_at_once_do_not_disturb_each_other(groups: list[Peer], links: str) -> None:
     slots = (3, 5)
     _, addresses = serve(groups, SMALL, slots)
     shards = [connect(spec_of(SMALL, f"s{i}"), spread(SMALL, slots), addresses) for i in range(2)]
@@ -181,7 +195,7 @@ def test_two_shards_at_once_do_not_disturb_each_other(groups: list[Peer]) -> Non
         shard.close()
 
 
-def test_the_caller_may_reuse_its_tensors_after_dispatch(groups: list[Peer]) -> None:
+def test_the_caller_may_reuse_its_tensors_after_dispatch(groups: list[Peer], links: str) -> None:
     oracle = SMALL.oracle()
     with connected(groups, SMALL, (4, 4)) as (transport, _):
         for subject in (transport, oracle):
@@ -193,7 +207,7 @@ def test_the_caller_may_reuse_its_tensors_after_dispatch(groups: list[Peer]) -> 
             assert torch.equal(subject.combine(handle), oracle.combine(again))
 
 
-def test_results_do_not_change_when_the_next_call_reuses_buffers(groups: list[Peer]) -> None:
+def test_results_do_not_change_when_the_next_call_reuses_buffers(groups: list[Peer], links: str) -> None:
     with connected(groups, SMALL, (4, 4)) as (transport, _):
         first = transport.combine(transport.dispatch(0, *SMALL.batch(20, seed=1)))
         kept = first.clone()
@@ -201,7 +215,7 @@ def test_results_do_not_change_when_the_next_call_reuses_buffers(groups: list[Pe
         assert torch.equal(first, kept)
 
 
-def test_timings_add_up_and_name_each_groups_share(groups: list[Peer]) -> None:
+def test_timings_add_up_and_name_each_groups_share(groups: list[Peer], links: str) -> None:
     with connected(groups, SMALL, (4, 4)) as (transport, _):
         for _ in range(3):
             transport.combine(transport.dispatch(0, *SMALL.batch(8)))
@@ -213,7 +227,7 @@ def test_timings_add_up_and_name_each_groups_share(groups: list[Peer]) -> None:
 # ---- misuse
 
 
-def test_a_handle_is_good_for_one_combine(groups: list[Peer]) -> None:
+def test_a_handle_is_good_for_one_combine(groups: list[Peer], links: str) -> None:
     with connected(groups, SMALL, (4, 4)) as (transport, _):
         for subject in (transport, SMALL.oracle()):
             handle = subject.dispatch(0, *SMALL.batch(2))
@@ -223,7 +237,7 @@ def test_a_handle_is_good_for_one_combine(groups: list[Peer]) -> None:
         assert_equals_oracle(transport, SMALL, (3,))
 
 
-def test_a_call_that_was_never_combined_does_not_reach_the_next(groups: list[Peer]) -> None:
+def test_a_call_that_was_never_combined_does_not_reach_the_next(groups: list[Peer], links: str) -> None:
     with connected(groups, SMALL, (4, 4)) as (transport, _):
         abandoned = transport.dispatch(0, *SMALL.batch(100, seed=9))
         assert_equals_oracle(transport, SMALL, (1, 70))
@@ -231,7 +245,7 @@ def test_a_call_that_was_never_combined_does_not_reach_the_next(groups: list[Pee
             transport.combine(abandoned)
 
 
-def test_input_that_does_not_fit_is_refused_and_does_no_harm(groups: list[Peer]) -> None:
+def test_input_that_does_not_fit_is_refused_and_does_no_harm(groups: list[Peer], links: str) -> None:
     x_TD, ids_TK, weights_TK = SMALL.batch(2)
     wrong = torch.tensor([[0, 8], [1, 2]], dtype=torch.int32)
     with connected(groups, SMALL, (4, 4), max_tokens=700) as (transport, _):
@@ -250,7 +264,7 @@ def test_input_that_does_not_fit_is_refused_and_does_no_harm(groups: list[Peer])
         assert_equals_oracle(transport, SMALL, (2,))
 
 
-def test_a_closed_transport_says_so(groups: list[Peer]) -> None:
+def test_a_closed_transport_says_so(groups: list[Peer], links: str) -> None:
     with connected(groups, SMALL, (4, 4)) as (transport, _):
         transport.close()
         transport.close()
@@ -261,7 +275,7 @@ def test_a_closed_transport_says_so(groups: list[Peer]) -> None:
 # ---- errors of a group
 
 
-def test_a_groups_nan_is_that_calls_error_and_the_next_call_is_clean(groups: list[Peer]) -> None:
+def test_a_groups_nan_is_that_calls_error_and_the_next_call_is_clean(groups: list[Peer], links: str) -> None:
     x_TD, ids_TK, weights_TK = SMALL.batch(4)
     ids_TK[:] = torch.tensor([0, 7], dtype=torch.int32)
     ids_TK[2] = torch.tensor([6, 7], dtype=torch.int32)
@@ -281,7 +295,7 @@ def test_a_groups_nan_is_that_calls_error_and_the_next_call_is_clean(groups: lis
 @pytest.mark.parametrize("lie", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("bucketed", [False, True])
 def test_nan_that_a_group_does_not_notice_is_that_groups_error_and_the_next_call_is_clean(
-    groups: list[Peer], lie: float, bucketed: bool, monkeypatch: pytest.MonkeyPatch
+    groups: list[Peer], gloo_links: None, lie: float, bucketed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(GlooCommunicator, "bucketed", bucketed)
     _, addresses = serve(groups, SMALL, (4, 4), lies_about=6, lie=lie)
@@ -297,7 +311,7 @@ def test_nan_that_a_group_does_not_notice_is_that_groups_error_and_the_next_call
     transport.close()
 
 
-def test_nan_of_the_shards_own_router_is_not_blamed_on_a_group(groups: list[Peer]) -> None:
+def test_nan_of_the_shards_own_router_is_not_blamed_on_a_group(groups: list[Peer], links: str) -> None:
     x_TD, ids_TK, weights_TK = SMALL.batch(3)
     weights_TK[1, 0] = float("nan")
     with connected(groups, SMALL, (4, 4)) as (transport, _):
@@ -308,7 +322,7 @@ def test_nan_of_the_shards_own_router_is_not_blamed_on_a_group(groups: list[Peer
         assert_equals_oracle(transport, SMALL, (4, 90))
 
 
-def test_an_expert_that_its_group_lost_is_that_calls_error(groups: list[Peer]) -> None:
+def test_an_expert_that_its_group_lost_is_that_calls_error(groups: list[Peer], links: str) -> None:
     _, addresses = serve(groups, SMALL, (4, 4), without=(5,))
     transport = connect(spec_of(SMALL), spread(SMALL, (4, 4)), addresses)
     x_TD, ids_TK, weights_TK = SMALL.batch(1)
@@ -329,7 +343,7 @@ def test_a_local_groups_error_has_the_same_type() -> None:
 # ---- generations and identities
 
 
-def test_a_group_of_a_newer_generation_refuses_calls_and_shards_of_the_old(groups: list[Peer]) -> None:
+def test_a_group_of_a_newer_generation_refuses_calls_and_shards_of_the_old(groups: list[Peer], links: str) -> None:
     slots = (4, 4)
     key, addresses = serve(groups, SMALL, slots)
     transport = connect(spec_of(SMALL), spread(SMALL, slots), addresses)
@@ -356,7 +370,9 @@ def test_a_group_of_a_newer_generation_refuses_calls_and_shards_of_the_old(group
         ({"moeray_version": "9"}, "moeray_version is 'test' at expert group 0, '9' at shard test"),
     ],
 )
-def test_a_shard_of_another_model_is_refused(groups: list[Peer], changes: dict[str, object], message: str) -> None:
+def test_a_shard_of_another_model_is_refused(
+    groups: list[Peer], links: str, changes: dict[str, object], message: str
+) -> None:
     _, addresses = serve(groups, SMALL, (8,))
     with pytest.raises(HandshakeRefused, match=message):
         connect(spec_of(SMALL, identity=replace(SMALL.identity, **changes)), spread(SMALL, (8,)), addresses)
@@ -365,13 +381,13 @@ def test_a_shard_of_another_model_is_refused(groups: list[Peer], changes: dict[s
     right.close()
 
 
-def test_swapped_addresses_are_refused(groups: list[Peer]) -> None:
+def test_swapped_addresses_are_refused(groups: list[Peer], links: str) -> None:
     _, addresses = serve(groups, SMALL, (4, 4))
     with pytest.raises(HandshakeRefused, match="group is 1 at expert group 1, 0 at shard test"):
         connect(spec_of(SMALL), spread(SMALL, (4, 4)), addresses[::-1])
 
 
-def test_a_placement_over_other_groups_than_addresses_is_refused(groups: list[Peer]) -> None:
+def test_a_placement_over_other_groups_than_addresses_is_refused(groups: list[Peer], links: str) -> None:
     _, addresses = serve(groups, SMALL, (4, 4))
     with pytest.raises(TransportError, match="1 addresses for a placement over 2"):
         connect(spec_of(SMALL), spread(SMALL, (4, 4)), addresses[:1])
@@ -408,7 +424,7 @@ def test_a_group_computes_with_the_threads_its_process_has_set() -> None:
     assert done.stdout.strip() == "[7]", done.stderr
 
 
-def test_connecting_and_closing_leaks_neither_descriptors_nor_threads(groups: list[Peer]) -> None:
+def test_connecting_and_closing_leaks_neither_descriptors_nor_threads(groups: list[Peer], links: str) -> None:
     key, addresses = serve(groups, SMALL, (4, 4))
 
     def once() -> None:

@@ -39,7 +39,7 @@ def assert_poisoned(transport: Transport, group: int) -> None:
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_group_killed_in_the_middle_of_a_call_is_named_within_a_second(
-    mortal_groups: list[Peer], victim: int
+    mortal_groups: list[Peer], links: str, victim: int
 ) -> None:
     _, fast = serve(mortal_groups, SMALL, SLOTS)
     _, slow = serve(mortal_groups, SMALL, SLOTS, delay_s=30.0)
@@ -59,7 +59,7 @@ def test_a_group_killed_in_the_middle_of_a_call_is_named_within_a_second(
     assert_poisoned(transport, victim)
 
 
-def test_survivors_are_freed_although_the_error_is_kept(mortal_groups: list[Peer]) -> None:
+def test_survivors_are_freed_although_the_error_is_kept(mortal_groups: list[Peer], links: str) -> None:
     """The error's traceback must not keep the old connections alive: then nobody could come back."""
     key, addresses = serve(mortal_groups, SMALL, SLOTS)
     transport = connect(spec_of(SMALL), spread(SMALL, SLOTS), addresses)
@@ -72,7 +72,7 @@ def test_survivors_are_freed_although_the_error_is_kept(mortal_groups: list[Peer
 
 
 @pytest.mark.parametrize("how", ["close", "forget"])
-def test_ending_with_a_call_in_flight_frees_the_groups(groups: list[Peer], how: str) -> None:
+def test_ending_with_a_call_in_flight_frees_the_groups(groups: list[Peer], links: str, how: str) -> None:
     key, addresses = serve(groups, SMALL, SLOTS)
     for num_tokens in (1, 5, 200, 700, 2000) * 3:  # replies arrive before, while and after the transport ends
         transport = connect(spec_of(SMALL), spread(SMALL, SLOTS), addresses)
@@ -86,7 +86,7 @@ def test_ending_with_a_call_in_flight_frees_the_groups(groups: list[Peer], how: 
     assert eventually(lambda: not groups[0].ask("shards", key) and not groups[1].ask("shards", key))
 
 
-def test_a_group_refuses_by_itself_whatever_the_shard_thinks(groups: list[Peer]) -> None:
+def test_a_group_refuses_by_itself_whatever_the_shard_thinks(groups: list[Peer], links: str) -> None:
     key, addresses = serve(groups, SMALL, (8,))
     host, port = addresses[0].split(":")
     identity = replace(SMALL.identity, fingerprint="other")
@@ -100,7 +100,7 @@ def test_a_group_refuses_by_itself_whatever_the_shard_thinks(groups: list[Peer])
     assert groups[0].ask("shards", key) == []
 
 
-def test_a_group_that_died_while_idle_is_noticed_by_the_next_call(mortal_groups: list[Peer]) -> None:
+def test_a_group_that_died_while_idle_is_noticed_by_the_next_call(mortal_groups: list[Peer], links: str) -> None:
     _, addresses = serve(mortal_groups, SMALL, SLOTS)
     transport = connect(spec_of(SMALL), spread(SMALL, SLOTS), addresses)
     mortal_groups[1].kill()
@@ -108,7 +108,7 @@ def test_a_group_that_died_while_idle_is_noticed_by_the_next_call(mortal_groups:
     assert_poisoned(transport, 1)
 
 
-def test_a_stopped_group_is_lost_after_the_timeout_and_named(mortal_groups: list[Peer]) -> None:
+def test_a_stopped_group_is_lost_after_the_timeout_and_named(mortal_groups: list[Peer], links: str) -> None:
     _, addresses = serve(mortal_groups, SMALL, SLOTS)
     transport = connect(spec_of(SMALL, timeout_s=0.5), spread(SMALL, SLOTS), addresses)
     mortal_groups[1].kill(signal.SIGSTOP)
@@ -119,7 +119,7 @@ def test_a_stopped_group_is_lost_after_the_timeout_and_named(mortal_groups: list
     mortal_groups[1].kill(signal.SIGCONT)
 
 
-def test_a_shard_reconnects_to_the_survivors_under_a_new_placement(mortal_groups: list[Peer]) -> None:
+def test_a_shard_reconnects_to_the_survivors_under_a_new_placement(mortal_groups: list[Peer], links: str) -> None:
     _, addresses = serve(mortal_groups, SMALL, SLOTS)
     transport = connect(spec_of(SMALL), spread(SMALL, SLOTS), addresses)
     mortal_groups[1].kill()
@@ -130,7 +130,7 @@ def test_a_shard_reconnects_to_the_survivors_under_a_new_placement(mortal_groups
     again.close()
 
 
-def test_a_killed_shard_frees_its_group_which_serves_the_others(mortal_group: Peer) -> None:
+def test_a_killed_shard_frees_its_group_which_serves_the_others(mortal_group: Peer, links: str) -> None:
     key, addresses = serve([mortal_group], SMALL, (8,))
     transport = connect(spec_of(SMALL, "survivor"), spread(SMALL, (8,)), addresses)
     doomed = Peer(Shard)
@@ -146,7 +146,7 @@ def test_a_killed_shard_frees_its_group_which_serves_the_others(mortal_group: Pe
     doomed.end()
 
 
-def test_a_stopped_shard_holds_up_nobody(mortal_group: Peer) -> None:
+def test_a_stopped_shard_holds_up_nobody(mortal_group: Peer, links: str) -> None:
     _, addresses = serve([mortal_group], SMALL, (8,))
     stopped = Peer(Shard)
     stopped.ask("connect", spec_of(SMALL, "stopped"), spread(SMALL, (8,)), addresses)
@@ -159,7 +159,7 @@ def test_a_stopped_shard_holds_up_nobody(mortal_group: Peer) -> None:
     stopped.end()
 
 
-def test_a_stopped_server_is_noticed_by_the_shards_next_call(groups: list[Peer]) -> None:
+def test_a_stopped_server_is_noticed_by_the_shards_next_call(groups: list[Peer], links: str) -> None:
     key, addresses = serve(groups, SMALL, SLOTS)
     transport = connect(spec_of(SMALL), spread(SMALL, SLOTS), addresses)
     layer_call(transport)
@@ -183,7 +183,7 @@ def test_a_stopped_server_is_noticed_by_the_shards_next_call(groups: list[Peer])
         b"\0\0\xff\xff{",
     ],
 )
-def test_strangers_cost_the_group_nothing(groups: list[Peer], data: bytes) -> None:
+def test_strangers_cost_the_group_nothing(groups: list[Peer], links: str, data: bytes) -> None:
     _, addresses = serve(groups, SMALL, (8,))
     host, port = addresses[0].split(":")
     stranger = socket.create_connection((host, int(port)))
@@ -194,7 +194,7 @@ def test_strangers_cost_the_group_nothing(groups: list[Peer], data: bytes) -> No
     stranger.close()
 
 
-def test_many_silent_strangers_do_not_keep_a_shard_out(groups: list[Peer]) -> None:
+def test_many_silent_strangers_do_not_keep_a_shard_out(groups: list[Peer], links: str) -> None:
     _, addresses = serve(groups, SMALL, (8,))
     host, port = addresses[0].split(":")
     strangers = [socket.create_connection((host, int(port))) for _ in range(50)]

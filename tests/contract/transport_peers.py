@@ -24,8 +24,30 @@ from torch import Tensor
 from moeray.deepseek_v4.experts import ExpertWeights, RoutedExperts
 from moeray.placement import Placement
 from moeray.transport import GroupServer, LocalTransport, ModelIdentity, Transport, TransportSpec, connect
+from moeray.transport.channel import ChannelUsers
 
 NUM_LAYERS, WIDTH, LIMIT = 2, 16, 1.0
+LINKS = ("channel", "gloo", "mixed")
+"""How a test's shards reach its groups; mixed: those with an even number by channel, the others by gloo."""
+_links = "channel"
+
+
+def use_links(links: str) -> None:
+    """For the servers and shards that this process sets up from now on."""
+    global _links
+    _links = links
+
+
+def links_between(num_groups: int) -> tuple[str, ...]:
+    """What `AllToAllTransport.links` must be."""
+    if _links == "mixed":
+        return tuple("gloo" if group % 2 else "channel" for group in range(num_groups))
+    return (_links,) * num_groups
+
+
+def users_of(group: int) -> ChannelUsers:
+    """The group's setting that makes it so."""
+    return "off" if _links == "mixed" and group % 2 else "same_user"
 
 
 @dataclass(frozen=True)
@@ -96,6 +118,7 @@ class ServerSettings:
     without: tuple[int, ...] = ()
     delay_s: float = 0.0
     backend: str = "gloo"
+    channel: ChannelUsers = "same_user"
     lies_about: int | None = None
     lie: float = float("nan")
 
@@ -121,6 +144,7 @@ class ServerSettings:
             group=self.group,
             generation=self.placement.generation,
             backend=self.backend,
+            channel=self.channel,
         )
 
 
@@ -207,7 +231,10 @@ def resources() -> tuple[int, int]:
 
 
 def spec_of(model: Model, name: str = "test", **changes: Any) -> TransportSpec:
-    spec = TransportSpec(shard=name, backend="gloo", identity=model.identity, max_tokens=2048, connect_timeout_s=20)
+    spec = TransportSpec(
+        shard=name, backend="gloo", identity=model.identity, max_tokens=2048, connect_timeout_s=20,
+        channel="off" if _links == "gloo" else "same_user",
+    )  # fmt: skip
     return replace(spec, **changes)
 
 

@@ -1,4 +1,4 @@
-"""The attention shard's end over any `Communicator`: Gloo on CPUs, NCCL on GPUs.
+"""The attention shard's end over any `Communicator`: channels on one node, Gloo between CPUs, NCCL on GPUs.
 
 One dispatch is one block to every group (header and rows together, see wire.py), a second message only to groups
 whose rows do not fit inline; one reply of known size comes back from every group. Nothing waits between dispatch and
@@ -8,8 +8,9 @@ States: usable -> (PeerLost | StaleGeneration) -> poisoned: connections are drop
 groups free theirs, and every later call raises the same error. GroupFailed does not poison: all replies were read,
 the next layer call starts clean. A handle that was never combined is settled by the next dispatch.
 
-A dead group is noticed when its reply is waited for, group after group in ascending order: at once if the groups
-before it have answered, and in any case within timeout_s. What a layer call costs: `timings()`.
+A dead group is noticed when its reply is waited for: at once behind a channel, and otherwise, group after group in
+ascending order, at once if the groups before it have answered, in any case within timeout_s. What a layer call costs:
+`timings()`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from moeray.placement import Placement
 from moeray.transport.communicator import Communicator, Flight, LinkBroken, Message
 from moeray.transport.errors import GroupFailed, PeerLost, StaleGeneration, TransportError
 from moeray.transport.interface import DispatchHandle
+from moeray.transport.links import Links
 from moeray.transport.packing import DevicePacker, HostPacker, Packed, Packer
 from moeray.transport.reduction import require_finite, weighted_sum
 from moeray.transport.rendezvous import ShardRendezvous
@@ -52,11 +54,15 @@ class AllToAllHandle:
 
 
 class AllToAllTransport:
-    """See `moeray.transport.interface.Transport`; made by `moeray.transport.connect`."""
+    """See `moeray.transport.interface.Transport`; made by `moeray.transport.connect`.
+
+    Attributes:
+        links: per group, "channel" or the backend.
+    """
 
     def __init__(
         self,
-        communicator: Communicator,
+        links: Links,
         rendezvous: ShardRendezvous,
         placement: Placement,
         geometry: Geometry,
@@ -70,19 +76,18 @@ class AllToAllTransport:
         self._geometry = geometry
         self._timeout_s = timeout_s
         self._max_tokens = max_tokens
-        self._communicator: Communicator | None = communicator
+        self._communicator: Communicator | None = links.communicator
+        self.links = links.names
         self._rendezvous = rendezvous
         self._flight: Flight | None = None
         self._pending: AllToAllHandle | None = None
         self._sequence = 0
-        num_groups, device = placement.num_groups, communicator.device
+        num_groups, memory = placement.num_groups, links.memory
         owner_LE = np.array([placement.group_of_expert(layer, shard) for layer in range(placement.num_layers)])
-        self._packer: Packer = (
-            DevicePacker(geometry, owner_LE, num_groups, device)
-            if communicator.bucketed
-            else HostPacker(geometry, owner_LE, num_groups)
-        )
-        self._replies = torch.empty((0, geometry.hidden_size), dtype=geometry.dtype, device=device)
+        packer = DevicePacker if links.communicator.bucketed else HostPacker
+        self._packer: Packer = packer(geometry, owner_LE, num_groups, memory, max_tokens)
+        reply_rows = geometry.reply_room(max_tokens, num_groups)
+        self._replies = memory.take(reply_rows * geometry.row_bytes).view(geometry.dtype).view(reply_rows, -1)
         self._timings = HopTimings(pairs_per_group=[0] * num_groups)
 
     @property
@@ -198,16 +203,13 @@ class AllToAllTransport:
         return packed
 
     def _start(self, sends: list[Message], reply_rows: list[int]) -> None:
-        total = sum(reply_rows)
-        if total > len(self._replies):
-            self._replies = self._replies.new_empty((total, self._geometry.hidden_size))
         receives: list[Message] = []
         begin = 0
         for group, num_rows in enumerate(reply_rows):
             receives.append((self._replies[begin : begin + num_rows], 1 + group))
             begin += num_rows
         self._timings.sent_bytes += sum(tensor.nbytes for tensor, _ in sends)
-        self._timings.received_bytes += total * self._geometry.row_bytes
+        self._timings.received_bytes += begin * self._geometry.row_bytes
         broken: tuple[int, str] | None = None
         if self._communicator is None:
             raise self._lost(0, "the connection was dropped")

@@ -9,11 +9,11 @@ import torch
 
 from moeray.placement import Placement
 from moeray.transport.all_to_all import AllToAllTransport
-from moeray.transport.backends import build_communicator, host_store
-from moeray.transport.communicator import Communicator
+from moeray.transport.channel import ChannelUsers
 from moeray.transport.errors import TransportError
 from moeray.transport.handshake import Hello, ModelIdentity
 from moeray.transport.interface import ExpertCompute, Transport
+from moeray.transport.links import build_links
 from moeray.transport.local import LocalTransport
 from moeray.transport.rendezvous import ShardRendezvous
 from moeray.transport.wire import Geometry, inline_rows_for
@@ -34,7 +34,9 @@ class TransportSpec:
         timeout_s: a group that has not answered a layer call by then is lost.
         host: the address this end listens on and dials from.
         device: where x lives ("cpu", "cuda:0").
-        connect_timeout_s: for handshakes and for building the communicator.
+        connect_timeout_s: for handshakes and for building the links.
+        channel: with whose groups on this node rows go through shared memory instead of the backend (gloo only).
+        spin_s: how long a wait on a channel may poll before it sleeps; 0 where the core is not this shard's alone.
     """
 
     shard: str
@@ -46,6 +48,8 @@ class TransportSpec:
     host: str = "127.0.0.1"
     device: str = "cpu"
     connect_timeout_s: float = 30.0
+    channel: ChannelUsers = "same_user"
+    spin_s: float = 0.0
 
 
 def connect(
@@ -82,12 +86,23 @@ def connect(
         identity=spec.identity,
     )
     rendezvous = ShardRendezvous.dial(addresses, hello, spec.host, spec.connect_timeout_s)
-    communicator, failure = _build(spec, rendezvous, placement.num_groups)
-    if communicator is None:
+    links, failure = build_links(
+        rendezvous,
+        placement.num_groups,
+        geometry,
+        backend=spec.backend,
+        users=spec.channel,
+        host=spec.host,
+        device=torch.device(spec.device),
+        max_tokens=spec.max_tokens,
+        connect_timeout_s=spec.connect_timeout_s,
+        spin_s=spec.spin_s,
+    )
+    if links is None:
         rendezvous.close()
-        raise failure or TransportError("no communicator")
+        raise failure or TransportError("no link")
     transport = AllToAllTransport(
-        communicator,
+        links,
         rendezvous,
         placement,
         geometry,
@@ -95,7 +110,7 @@ def connect(
         max_tokens=spec.max_tokens,
         shard=spec.shard_number,
     )
-    del communicator
+    del links
     try:
         transport.probe(spec.connect_timeout_s)
     except TransportError:
@@ -124,32 +139,3 @@ def dtype_of(identity: ModelIdentity) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise TransportError(f"dtype {identity.dtype!r} of the model is not one of torch")
     return dtype
-
-
-def _build(
-    spec: TransportSpec, rendezvous: ShardRendezvous, num_groups: int
-) -> tuple[Communicator | None, TransportError | None]:
-    """The error comes back as a value: a traceback would keep the store, and with it the groups, waiting."""
-
-    def peer_gone() -> int | None:
-        group = rendezvous.gone_group()
-        return None if group is None else 1 + group
-
-    try:
-        store, address = host_store(spec.host, spec.connect_timeout_s)
-        rendezvous.start(address, spec.connect_timeout_s)
-        communicator = build_communicator(
-            spec.backend,
-            store,
-            rank=0,
-            size=1 + num_groups,
-            host=spec.host,
-            device=torch.device(spec.device),
-            connect_timeout_s=spec.connect_timeout_s,
-            peer_gone=peer_gone,
-        )
-    except TransportError as error:
-        return None, error.with_traceback(None)
-    except (OSError, RuntimeError, ValueError, ImportError) as error:
-        return None, TransportError(f"cannot build the {spec.backend} communicator on {spec.host}: {error}")
-    return communicator, None

@@ -5,8 +5,8 @@ silence on the port costs one connection and nothing else.
 
     shard -> group   hello
     group -> shard   hello, and "refused" (a reason) if it will not serve this shard
-    shard -> group   {"store": "host:port", "size": ranks, "connect_timeout_s": s}
-    group -> shard   {"ready": true}, once its end of the communicator exists
+    shard -> group   how they will talk, see `Start`
+    group -> shard   {"ready": true}, once its end of the link exists
 
 The connection then stays open and silent: its end-of-file is the notice of death, in both directions.
 """
@@ -24,8 +24,9 @@ from typing import Any
 
 from moeray.transport.errors import HandshakeRefused
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_MESSAGE_BYTES = 64 * 1024
+MAX_CHANNEL_NAME = 100  # an AF_UNIX address holds 107
 
 
 def installed_version() -> str:
@@ -62,6 +63,7 @@ class Hello:
         sender: name of the shard or group, for messages only.
         group: index of the expert group that is meant.
         inline_rows: set by the shard; the group takes it over.
+        channel: where the group waits for shards of its own node (see channel.py); "" for nowhere.
     """
 
     sender: str
@@ -70,6 +72,7 @@ class Hello:
     generation: int
     inline_rows: int
     identity: ModelIdentity
+    channel: str = ""
     protocol: int = PROTOCOL
 
     def to_json(self) -> dict[str, Any]:
@@ -92,6 +95,8 @@ class Hello:
             raise HandshakeRefused(f"not a hello of protocol {PROTOCOL}: {error}") from None
         if not isinstance(hello.inline_rows, int) or not 1 <= hello.inline_rows <= 4096:
             raise HandshakeRefused(f"inline_rows is {hello.inline_rows!r} there, 1..4096 is legal here")
+        if not isinstance(hello.channel, str) or len(hello.channel) > MAX_CHANNEL_NAME:
+            raise HandshakeRefused(f"channel is {hello.channel!r} there, at most {MAX_CHANNEL_NAME} characters here")
         return hello
 
     def disagreement(self, theirs: Hello) -> str | None:
@@ -107,6 +112,41 @@ class Hello:
 
     def _difference(self, theirs: Hello, name: str, other: object, mine: object) -> str:
         return f"{name} is {other!r} at {theirs.sender}, {mine!r} at {self.sender}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """How this shard and this group will talk.
+
+    Attributes:
+        rank: of the group among those that the shard reaches by its backend; 0 if it has come by channel.
+        size: of that communicator, the shard included.
+        store: "host:port" of the store through which its ends find each other; "" for a channel.
+        connect_timeout_s: for building it.
+    """
+
+    rank: int
+    size: int
+    store: str
+    connect_timeout_s: float
+
+    @property
+    def by_channel(self) -> bool:
+        return self.rank == 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Start:
+        """Raises HandshakeRefused: not a start of this protocol."""
+        try:
+            start = cls(**data)
+            if 0 <= start.rank < start.size and start.connect_timeout_s > 0:
+                return start
+        except TypeError as error:
+            raise HandshakeRefused(f"not a start of protocol {PROTOCOL}: {error}") from None
+        raise HandshakeRefused(f"a start as rank {start.rank} of {start.size}, within {start.connect_timeout_s} s")
 
 
 def send_message(connection: socket.socket, message: Mapping[str, Any], deadline: float) -> None:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moeray.transport.communicator import Message
+from moeray.transport.memory import MessageMemory
 from moeray.transport.wire import HEADER_BYTES, HEADER_WORDS, Flags, Geometry, Header
 
 # NumPy has no bfloat16: rows are moved as integers of the same width.
@@ -106,13 +107,15 @@ def route_on_host(ids_TK: NDArray[np.int32], owner_E: NDArray[np.int64], num_gro
 class HostPacker:
     """See `Packer`; x in host memory."""
 
-    def __init__(self, geometry: Geometry, owner_LE: NDArray[np.int64], num_groups: int) -> None:
+    def __init__(
+        self, geometry: Geometry, owner_LE: NDArray[np.int64], num_groups: int, memory: MessageMemory, max_tokens: int
+    ) -> None:
         self._geometry = geometry
         self._owner_LE = owner_LE
-        self._blocks = torch.zeros((num_groups, geometry.block_bytes), dtype=torch.uint8)
+        self._blocks = memory.take(num_groups * geometry.block_bytes).view(num_groups, geometry.block_bytes)
         self._headers_NW = self._blocks.view(torch.int64)[:, :HEADER_WORDS].numpy()
         self._inline = [self._views(block[HEADER_BYTES:], geometry.inline_rows) for block in self._blocks]
-        self._large = torch.empty(0, dtype=torch.uint8)
+        self._large = memory.take(geometry.payload_room(max_tokens, num_groups))
 
     def pack(self, header: Header, x_TD: Tensor, ids_TK: Tensor) -> Packed:
         ids, geometry = ids_TK.contiguous().numpy(), self._geometry
@@ -138,8 +141,6 @@ class HostPacker:
         """Exact room for the groups whose rows do not fit inline."""
         geometry = self._geometry
         sizes = {g: geometry.payload_bytes(len(t)) for g, t in enumerate(tokens) if len(t) > geometry.inline_rows}
-        if sum(sizes.values()) > len(self._large):
-            self._large = torch.empty(sum(sizes.values()), dtype=torch.uint8)
         return _cut_up(self._large, sizes)
 
     def _views(self, payload: Tensor, num_rows: int) -> tuple[NDArray[np.generic], NDArray[np.int32]]:
@@ -155,11 +156,15 @@ class DevicePacker:
     once and sizes are exact; the rows themselves never leave the device.
     """
 
-    def __init__(self, geometry: Geometry, owner_LE: NDArray[np.int64], num_groups: int, device: torch.device) -> None:
+    def __init__(
+        self, geometry: Geometry, owner_LE: NDArray[np.int64], num_groups: int, memory: MessageMemory, max_tokens: int
+    ) -> None:
         self._geometry = geometry
         self._host_owner_LE = owner_LE
+        self._blocks = memory.take(num_groups * geometry.block_bytes).view(num_groups, geometry.block_bytes)
+        device = self._blocks.device
         self._owner_LE = torch.from_numpy(owner_LE).to(device)
-        self._blocks = torch.zeros((num_groups, geometry.block_bytes), dtype=torch.uint8, device=device)
+        self._large = memory.take(geometry.payload_room(max_tokens, num_groups))
         self._headers_NW = self._blocks.view(torch.int64)[:, :HEADER_WORDS]
         inline = geometry.inline_rows
         self._inline = [geometry.payload_views(block[HEADER_BYTES:], inline, inline) for block in self._blocks]
@@ -177,7 +182,7 @@ class DevicePacker:
     def _pack_bucket(self, header: Header, x_TD: Tensor, ids_TK: Tensor) -> Packed:
         num_tokens, top_k = ids_TK.shape
         num_groups = len(self._blocks)
-        room = top_k << max(0, num_tokens - 1).bit_length()
+        room = self._geometry.bucket_pairs(num_tokens)
         owner_TK = self._owner_LE[header.layer][ids_TK.long()]
         mine_NTK = owner_TK.unsqueeze(0) == self._groups_N.view(-1, 1, 1)
         member_NT = mine_NTK.any(dim=2)
@@ -204,7 +209,7 @@ class DevicePacker:
         sizes = {
             group: geometry.payload_bytes(len(tokens)) for group, tokens in enumerate(routing.tokens) if len(tokens)
         }
-        payloads = _cut_up(torch.empty(sum(sizes.values()), dtype=torch.uint8, device=device), sizes)
+        payloads = _cut_up(self._large, sizes)
         headers = []
         for group, (tokens, pairs) in enumerate(zip(routing.tokens, routing.num_pairs, strict=True)):
             flags = Flags.LARGE if group in payloads else Flags.NONE

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import select
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from time import monotonic
 
 from moeray.transport.errors import HandshakeRefused, PeerLost, TransportError
-from moeray.transport.handshake import Hello, receive_message, send_message
+from moeray.transport.handshake import Hello, Start, receive_message, send_message
 
 EVENTS = select.POLLIN | select.POLLRDHUP
 
 
 class ShardRendezvous:
-    """One open connection per group, in group order."""
+    """One open connection per group, in group order.
 
-    def __init__(self, connections: Sequence[socket.socket]) -> None:
+    Attributes:
+        channels: where each group waits for shards of its own node; "" for nowhere.
+    """
+
+    def __init__(self, connections: Sequence[socket.socket], channels: Sequence[str]) -> None:
         self._connections = list(connections)
+        self.channels = tuple(channels)
         self._poll = select.poll()
         for connection in self._connections:
             self._poll.register(connection, EVENTS)
@@ -38,11 +44,12 @@ class ShardRendezvous:
         """
         deadline = monotonic() + timeout_s
         connections: list[socket.socket] = []
+        channels: list[str] = []
         failure: TransportError | None = None
         for group, address in enumerate(addresses):
             try:
                 connections.append(_dial(address, host, deadline))
-                _greet(connections[-1], replace(hello, group=group), deadline)
+                channels.append(_greet(connections[-1], replace(hello, group=group), deadline))
             except HandshakeRefused as error:
                 failure = HandshakeRefused(f"expert group {group} at {address}: {error}")
             except (OSError, ValueError) as error:
@@ -51,31 +58,23 @@ class ShardRendezvous:
                 for connection in connections:
                     connection.close()
                 raise failure
-        return cls(connections)
+        return cls(connections, channels)
 
-    def start(self, store_address: str, timeout_s: float) -> None:
-        """Tell every group to build its end of the communicator, and wait until all did.
+    def start(self, starts: Sequence[Start]) -> None:
+        """Tell every group how to build its end of the link, and wait until all did.
 
+        Args:
+            starts: in group order.
         Raises:
             PeerLost: a group went away or was not ready in time.
         """
-        deadline = monotonic() + timeout_s
-        for group, connection in enumerate(self._connections):
-            self._exchange_start(group, connection, store_address, timeout_s, deadline, answer=False)
-        for group, connection in enumerate(self._connections):
-            self._exchange_start(group, connection, store_address, timeout_s, deadline, answer=True)
-
-    def _exchange_start(
-        self, group: int, connection: socket.socket, store: str, timeout_s: float, deadline: float, *, answer: bool
-    ) -> None:
-        try:
-            if answer:
-                receive_message(connection, deadline)
-            else:
-                start = {"store": store, "size": 1 + len(self._connections), "connect_timeout_s": timeout_s}
-                send_message(connection, start, deadline)
-        except (OSError, HandshakeRefused) as error:
-            raise PeerLost(group, f"did not build its communicator: {error}") from None
+        deadline = monotonic() + starts[0].connect_timeout_s
+        for group, start in enumerate(starts):
+            with _link_of(group):
+                send_message(self._connections[group], start.to_json(), deadline)
+        for group in range(len(starts)):
+            with _link_of(group):
+                receive_message(self._connections[group], deadline)
 
     def gone_group(self) -> int | None:
         """A group whose connection has ended; does not block (about 1 us). None after `close`."""
@@ -91,6 +90,14 @@ class ShardRendezvous:
             connection.close()
 
 
+@contextmanager
+def _link_of(group: int) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, HandshakeRefused) as error:
+        raise PeerLost(group, f"did not build its end of the link: {error}") from None
+
+
 def _dial(address: str, host: str, deadline: float) -> socket.socket:
     name, _, port = address.rpartition(":")
     remaining_s = max(0.001, deadline - monotonic())
@@ -99,13 +106,15 @@ def _dial(address: str, host: str, deadline: float) -> socket.socket:
     return connection
 
 
-def _greet(connection: socket.socket, hello: Hello, deadline: float) -> None:
+def _greet(connection: socket.socket, hello: Hello, deadline: float) -> str:
+    """The group's channel."""
     send_message(connection, hello.to_json(), deadline)
     answer = receive_message(connection, deadline)
     theirs = Hello.from_json(answer)
     wrong = hello.disagreement(theirs)
     if wrong is not None or answer.get("refused"):
         raise HandshakeRefused(wrong or str(answer["refused"])[:400])
+    return theirs.channel
 
 
 def keep_alive(connection: socket.socket) -> None:

@@ -16,12 +16,14 @@ from time import monotonic, sleep
 import torch
 
 from moeray.transport.backends import build_communicator, join_store
+from moeray.transport.channel import ChannelListener, ChannelUsers
 from moeray.transport.connection import geometry_of
 from moeray.transport.errors import HandshakeRefused
-from moeray.transport.handshake import Hello, ModelIdentity, receive_message, send_message
+from moeray.transport.handshake import Hello, ModelIdentity, Start, receive_message, send_message
 from moeray.transport.interface import ExpertCompute
+from moeray.transport.links import CHANNEL_BACKENDS
 from moeray.transport.rendezvous import keep_alive, peer_has_gone
-from moeray.transport.session import Session, SessionCounts
+from moeray.transport.session import BufferedLink, GroupLink, Session, SessionCounts
 
 HANDSHAKE_TIMEOUT_S = 5.0
 MAX_CONNECT_TIMEOUT_S = 120.0
@@ -62,6 +64,7 @@ class GroupServer:
         port: int = 0,
         backend: str = "gloo",
         device: str = "cpu",
+        channel: ChannelUsers = "same_user",
     ) -> None:
         """Keep the settings; `start` listens.
 
@@ -69,6 +72,7 @@ class GroupServer:
             compute: called from several threads at once.
             group: index of this group in the placement.
             host: the only address listened on; port 0 takes a free one.
+            channel: which shards of this node may use shared memory instead of the backend (gloo only).
         """
         self._compute = compute
         self._hello = Hello(
@@ -81,6 +85,7 @@ class GroupServer:
         )
         self._host, self._port = host, port
         self._device = torch.device(device)
+        self._channel = channel if backend in CHANNEL_BACKENDS else "off"
         self._lock = threading.Lock()
         self._shards: list[ConnectedShard] = []
         self._listener: socket.socket | None = None
@@ -164,18 +169,23 @@ class GroupServer:
             shard.connection.close()
 
     def _serve(self, shard: ConnectedShard) -> str:
-        hello = self._greet(shard)
-        session = self._join(shard, hello)
+        listener = None if self._channel == "off" else ChannelListener(self._channel)
+        try:
+            hello = self._greet(shard, "" if listener is None else listener.name)
+            session = self._join(shard, hello, listener)
+        finally:
+            if listener is not None:
+                listener.close()
         shard.counts, shard.serving = session.counts, True
         logger.info("%s serves %s (%s), generation %d", self._hello.sender, shard.name, shard.address, hello.generation)
         return session.serve()
 
-    def _greet(self, shard: ConnectedShard) -> Hello:
+    def _greet(self, shard: ConnectedShard, channel: str) -> Hello:
         keep_alive(shard.connection)
         deadline = monotonic() + HANDSHAKE_TIMEOUT_S
         refused: str | None = None
         theirs: Hello | None = None
-        ours = self._hello
+        ours = replace(self._hello, channel=channel)
         try:
             theirs = Hello.from_json(receive_message(shard.connection, deadline))
             refused = ours.disagreement(theirs)
@@ -187,23 +197,31 @@ class GroupServer:
         shard.name, shard.generation = theirs.sender, theirs.generation
         return theirs
 
-    def _join(self, shard: ConnectedShard, theirs: Hello) -> Session:
+    def _join(self, shard: ConnectedShard, theirs: Hello, listener: ChannelListener | None) -> Session:
         # The shard greets its other groups first, so this may take as long as its connecting does.
-        start = receive_message(shard.connection, monotonic() + MAX_CONNECT_TIMEOUT_S)
-        timeout_s = min(float(start["connect_timeout_s"]), MAX_CONNECT_TIMEOUT_S)
-        communicator = build_communicator(
-            theirs.backend,
-            join_store(str(start["store"]), timeout_s),
-            rank=1 + theirs.group,
-            size=int(start["size"]),
-            host=self._host,
-            device=self._device,
-            connect_timeout_s=timeout_s,
-            peer_gone=_rank_if_gone(shard.connection),
-        )
-        send_message(shard.connection, {"ready": True}, monotonic() + HANDSHAKE_TIMEOUT_S)
+        start = Start.from_json(receive_message(shard.connection, monotonic() + MAX_CONNECT_TIMEOUT_S))
         geometry = geometry_of(theirs.identity, theirs.inline_rows)
-        return Session(communicator, geometry, self._compute, lambda: self.generation)
+        timeout_s = min(start.connect_timeout_s, MAX_CONNECT_TIMEOUT_S)
+        link: GroupLink
+        if start.by_channel:
+            if listener is None:
+                raise HandshakeRefused("it comes by a channel that was not offered")
+            link = listener.accept(timeout_s)
+        else:
+            communicator = build_communicator(
+                theirs.backend,
+                join_store(start.store, timeout_s),
+                rank=start.rank,
+                size=start.size,
+                host=self._host,
+                device=self._device,
+                connect_timeout_s=timeout_s,
+                peer_gone=_rank_if_gone(shard.connection),
+            )
+            link = BufferedLink(communicator, geometry.block_bytes)
+            del communicator
+        send_message(shard.connection, {"ready": True}, monotonic() + HANDSHAKE_TIMEOUT_S)
+        return Session(link, geometry, self._compute, lambda: self.generation)
 
 
 def _rank_if_gone(connection: socket.socket) -> Callable[[], int | None]:

@@ -23,10 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moeray.transport.memory import aligned
+
 MAGIC = 0x6D6F65726179  # "moeray"
 HEADER_WORDS = 8
 HEADER_BYTES = 8 * HEADER_WORDS
-ALIGNMENT = 64
 STATUS_WORDS = 5
 STATUS_BYTES = 256
 MAX_STATUS_TEXT = STATUS_BYTES - 8 * STATUS_WORDS
@@ -118,10 +119,10 @@ class Geometry:
 
     def ids_offset(self, num_rows: int) -> int:
         """Where the ids begin in a payload of `num_rows` rows."""
-        return _aligned(num_rows * self.row_bytes)
+        return aligned(num_rows * self.row_bytes)
 
     def payload_bytes(self, num_rows: int) -> int:
-        return self.ids_offset(num_rows) + _aligned(num_rows * self.top_k * 4)
+        return self.ids_offset(num_rows) + aligned(num_rows * self.top_k * 4)
 
     def payload_views(self, payload: Tensor, capacity: int, num_rows: int) -> tuple[Tensor, Tensor]:
         """The first `num_rows` rows (x_TD, ids_TK) of a uint8 payload laid out for `capacity` rows; no copy."""
@@ -133,18 +134,32 @@ class Geometry:
             ids_bytes.view(torch.int32).view(num_rows, self.top_k),
         )
 
+    def payload_room(self, max_tokens: int, num_groups: int) -> int:
+        """Bytes that the payloads of one dispatch take at most: every token goes to as many groups as it can."""
+        num_rows = max_tokens * min(num_groups, self.top_k)
+        return num_rows * (self.row_bytes + 4 * self.top_k) + 2 * num_groups * aligned(1)
+
+    def reply_room(self, max_tokens: int, num_groups: int) -> int:
+        """Rows that the replies to one dispatch take at most, buckets included: see `bucket_pairs`."""
+        bucketed = num_groups * self.bucket_pairs(min(max_tokens, self.inline_rows))
+        return num_groups * self.status_rows + max(max_tokens * self.top_k, bucketed)
+
+    def bucket_pairs(self, num_tokens: int) -> int:
+        """Pairs that every group's reply has room for where sizes must not follow the routing: a power of two of T."""
+        return self.top_k << max(0, num_tokens - 1).bit_length()
+
 
 def inline_rows_for(hidden_size: int, dtype: torch.dtype, inline_bytes: int) -> int:
     """Rows that fit into about `inline_bytes`, between 1 and 64."""
     return max(1, min(64, inline_bytes // (hidden_size * dtype.itemsize)))
 
 
-def write_status(rows: Tensor, status: Status, sequence: int, generation: int, text: str = "") -> None:
-    """Write a reply's status into its first rows (`status_rows` x D, any device)."""
+def write_status(reply: Tensor, status: Status, sequence: int, generation: int, text: str = "") -> None:
+    """Write a reply's status into its first bytes (uint8, any device)."""
     encoded = text.encode()[:MAX_STATUS_TEXT]
     head = np.array([MAGIC, sequence, generation, int(status), len(encoded)], dtype=np.int64).tobytes() + encoded
     raw = torch.frombuffer(bytearray(head.ljust(STATUS_BYTES, b"\0")), dtype=torch.uint8)
-    rows.view(-1).view(torch.uint8)[:STATUS_BYTES].copy_(raw)
+    reply[:STATUS_BYTES].copy_(raw)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +185,3 @@ def read_status(raw: bytes) -> ReplyStatus:
         raise ValueError("the reply does not begin with a status")
     begin = 8 * STATUS_WORDS
     return ReplyStatus(Status(status), sequence, generation, raw[begin : begin + length].decode(errors="replace"))
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,79 @@
+"""Groups of this node by channel, the others by a communicator between nodes, in one dispatch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from time import monotonic
+
+import torch
+
+from moeray.transport.communicator import Communicator, Flight, LinkBroken, Message
+
+
+class MixedFlight:
+    """See `Flight`: one flight of every part, waited for in order under one deadline."""
+
+    def __init__(self, flights: Sequence[tuple[Flight, Sequence[int]]]) -> None:
+        self._flights = list(flights)
+
+    def wait(self, timeout_s: float | None) -> None:
+        deadline = None if timeout_s is None else monotonic() + timeout_s
+        broken: tuple[int, str] | None = None
+        while self._flights and broken is None:
+            flight, ranks = self._flights.pop(0)
+            try:
+                flight.wait(None if deadline is None else max(0.0, deadline - monotonic()))
+            except LinkBroken as error:
+                late = deadline is not None and monotonic() >= deadline
+                reason = f"no answer within {timeout_s:g} s" if late else error.reason
+                broken = (ranks[error.peer] if error.peer >= 0 else -1), reason
+            del flight
+        if broken is not None:
+            self.abandon()
+            raise LinkBroken(*broken)
+
+    def abandon(self) -> None:
+        for flight, _ in self._flights:
+            flight.abandon()
+        self._flights = []
+
+
+class MixedCommunicator:
+    """See `Communicator`; each part knows its peers by ranks of its own."""
+
+    bucketed = False
+    device = torch.device("cpu")
+
+    def __init__(self, parts: Sequence[tuple[Communicator, Sequence[int]]]) -> None:
+        """Join the parts.
+
+        Args:
+            parts: each with [rank in the part] -> rank here; 0 is the shard itself everywhere.
+        """
+        self._parts = list(parts)
+        self._home: Mapping[int, tuple[int, int]] = {
+            rank: (part, own) for part, (_, ranks) in enumerate(parts) for own, rank in enumerate(ranks) if rank
+        }
+
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> MixedFlight:
+        flights: list[tuple[Flight, Sequence[int]]] = []
+        broken: tuple[int, str] | None = None
+        for part, (communicator, ranks) in enumerate(self._parts):
+            try:
+                flights.append((communicator.exchange(self._of(part, sends), self._of(part, receives)), ranks))
+            except LinkBroken as error:
+                broken = (ranks[error.peer] if error.peer >= 0 else -1), error.reason
+                break
+        flight = MixedFlight(flights)
+        if broken is not None:
+            flight.abandon()
+            raise LinkBroken(*broken)
+        return flight
+
+    def close(self) -> None:
+        for communicator, _ in self._parts:
+            communicator.close()
+        self._parts = []
+
+    def _of(self, part: int, messages: Sequence[Message]) -> list[Message]:
+        return [(tensor, self._home[rank][1]) for tensor, rank in messages if self._home[rank][0] == part]
