@@ -48,6 +48,14 @@ def links(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
+def mixed_links() -> Iterator[None]:
+    """Groups of even numbers by channel, the others by gloo."""
+    use_links("mixed")
+    yield
+    use_links("channel")
+
+
+@pytest.fixture
 def gloo_links() -> Iterator[None]:
     """Gloo alone."""
     use_links("gloo")

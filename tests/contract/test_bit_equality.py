@@ -23,9 +23,9 @@ from test_transport import _keys
 from torch import Tensor
 from transport_peers import NUM_LAYERS, Model, Peer, ServerSettings, spec_of
 
+from moeray.config import ChannelUsers
 from moeray.placement import Placement
 from moeray.transport import LocalTransport, Transport, connect
-from moeray.transport.channel import ChannelUsers
 from moeray.transport.gloo import GlooCommunicator
 from moeray.transport.packing import DevicePacker
 

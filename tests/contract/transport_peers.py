@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeray.config import ChannelUsers
 from moeray.deepseek_v4.experts import ExpertWeights, RoutedExperts
 from moeray.placement import Placement
 from moeray.transport import GroupServer, LocalTransport, ModelIdentity, Transport, TransportSpec, connect
-from moeray.transport.channel import ChannelUsers
 
 NUM_LAYERS, WIDTH, LIMIT = 2, 16, 1.0
 LINKS = ("channel", "gloo", "mixed")
@@ -119,6 +119,7 @@ class ServerSettings:
     delay_s: float = 0.0
     backend: str = "gloo"
     channel: ChannelUsers = "same_user"
+    host: str = "127.0.0.1"
     lies_about: int | None = None
     lie: float = float("nan")
 
@@ -143,6 +144,7 @@ class ServerSettings:
             self.model.identity,
             group=self.group,
             generation=self.placement.generation,
+            host=self.host,
             backend=self.backend,
             channel=self.channel,
         )
@@ -205,6 +207,11 @@ class Group:
 
     def resources(self) -> tuple[int, int]:
         return resources()
+
+    def maps(self) -> str:
+        """What this process maps."""
+        gc.collect()
+        return Path("/proc/self/maps").read_text()
 
 
 @dataclass

@@ -7,6 +7,7 @@ immutable values. Imports nothing heavy, so that `moeray --help` and bad input a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
@@ -22,6 +23,7 @@ CountOrZero = Annotated[int, Field(strict=True, ge=0)]
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Port = Annotated[int, Field(strict=True, ge=1, le=65535)]
 Labels = Mapping[str, str]
+ChannelUsers = Literal["same_user", "any_user", "off"]
 
 
 @dataclass(frozen=True, config=_FROM_FILE)
@@ -41,6 +43,12 @@ class AttentionConfig:
     num_cpus: Share = 0.1
     num_gpus: Share = 0
     label_selector: Labels | None = None
+
+    @property
+    def shard_threads(self) -> int:
+        """Compute threads of one shard: `num_threads` for each of vLLM's own workers (one, without engine_args)."""
+        sizes = [self.engine_args.get(key, 1) for key in ("tensor_parallel_size", "pipeline_parallel_size")]
+        return self.num_threads * prod(size for size in sizes if isinstance(size, int) and size > 0)
 
 
 @dataclass(frozen=True, config=_FROM_FILE)
@@ -69,9 +77,12 @@ class TransportConfig:
     Attributes:
         backend: gloo (CPU), nccl (GPU), local (experts inside each shard: the oracle, no expert group is started).
         timeout_s: an expert group that has not answered a layer call by then is lost.
+        channel: whether shards and groups of one node use shared memory instead of gloo, and with whose processes:
+            same_user, any_user (containers that run as different users), off.
     """
 
     backend: Literal["gloo", "nccl", "local"] = "gloo"
+    channel: ChannelUsers = "same_user"
     timeout_s: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)] = 10.0
 
 
@@ -93,9 +104,16 @@ class IngressConfig:
 
 @dataclass(frozen=True, config=_FROM_FILE)
 class ClusterConfig:
-    """One cluster. `model` is a bundled name (moeray-tiny), a checkpoint directory or a hub id."""
+    """One cluster.
+
+    Attributes:
+        model: a bundled name (moeray-tiny), a checkpoint directory or a hub id.
+        pin_cores: keep each shard and group on cores of its own (CPU pools only). Turn it off where other pinned
+            programs share the machine.
+    """
 
     model: Annotated[str, Field(min_length=1)] = "moeray-tiny"
+    pin_cores: Annotated[bool, Field(strict=True)] = True
     attention: AttentionConfig = Field(default_factory=AttentionConfig)
     experts: ExpertsConfig = Field(default_factory=ExpertsConfig)
     transport: TransportConfig = Field(default_factory=TransportConfig)
@@ -105,6 +123,13 @@ class ClusterConfig:
     def backend(self) -> str:
         """The transport in use: experts that stay in the shards need none."""
         return self.transport.backend if self.experts.num_groups else "local"
+
+    @property
+    def num_threads(self) -> int:
+        """Compute threads of all shards and groups on CPU, and one more for each shard's relay."""
+        shards = 0 if self.attention.num_gpus else self.attention.num_shards * (self.attention.shard_threads + 1)
+        groups = 0 if self.experts.num_gpus else self.num_remote_groups * self.experts.num_threads
+        return shards + groups
 
     @property
     def num_remote_groups(self) -> int:

@@ -88,6 +88,8 @@ class AllToAllTransport:
         self._packer: Packer = packer(geometry, owner_LE, num_groups, memory, max_tokens)
         reply_rows = geometry.reply_room(max_tokens, num_groups)
         self._replies = memory.take(reply_rows * geometry.row_bytes).view(geometry.dtype).view(reply_rows, -1)
+        on_host = self._replies.is_cpu
+        self._host_replies = self._replies.view(-1).view(torch.uint8).numpy().data if on_host else None
         self._timings = HopTimings(pairs_per_group=[0] * num_groups)
 
     @property
@@ -236,13 +238,12 @@ class AllToAllTransport:
 
     def _read_statuses(self, handle: AllToAllHandle) -> GroupFailed | StaleGeneration | None:
         """The first group's error, if any. A reply that does not belong to this call poisons."""
-        begin, raw = 0, self._replies.view(-1).view(torch.uint8)
-        row_bytes = self._geometry.row_bytes
+        begin, row_bytes = 0, self._geometry.row_bytes
         for group, num_rows in enumerate(handle.reply_rows):
             offset = begin * row_bytes
             begin += num_rows
             try:
-                status = read_status(raw[offset : offset + STATUS_BYTES].cpu().numpy().tobytes())
+                status = read_status(*self._status_at(offset))
             except ValueError as error:
                 raise self._lost(1 + group, str(error)) from None
             if status.status is Status.STALE:
@@ -252,6 +253,13 @@ class AllToAllTransport:
             if status.status is Status.FAILED:
                 return GroupFailed(group, status.text)
         return None
+
+    def _status_at(self, offset: int) -> tuple[memoryview, int]:
+        """Host memory, and where in it the reply at `offset` begins."""
+        if self._host_replies is not None:
+            return self._host_replies, offset
+        raw = self._replies.view(-1).view(torch.uint8)[offset : offset + STATUS_BYTES]
+        return raw.cpu().numpy().data, 0
 
     def _lost(self, peer: int, reason: str) -> TransportError:
         gone = self._rendezvous.gone_group()

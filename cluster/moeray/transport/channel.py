@@ -22,16 +22,13 @@ import struct
 from collections.abc import Sequence
 from contextlib import suppress
 from time import monotonic, perf_counter
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from moeray.config import ChannelUsers
 from moeray.transport.arena import Arena
 from moeray.transport.communicator import LinkBroken, Message
-
-ChannelUsers = Literal["same_user", "any_user", "off"]
-CHANNEL_USERS: tuple[ChannelUsers, ...] = ("same_user", "any_user", "off")
 
 CALL = struct.Struct("=6q")  # offset and bytes of block, of payload (0, 0 without one), of the reply's room
 ANSWER = struct.Struct("=q")  # bytes of the reply

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
+from moeray.config import ChannelUsers
 from moeray.placement import Placement
 from moeray.transport.all_to_all import AllToAllTransport
-from moeray.transport.channel import ChannelUsers
 from moeray.transport.errors import TransportError
 from moeray.transport.handshake import Hello, ModelIdentity
 from moeray.transport.interface import ExpertCompute, Transport
 from moeray.transport.links import build_links
 from moeray.transport.local import LocalTransport
 from moeray.transport.rendezvous import ShardRendezvous
+from moeray.transport.rows import RowFormatName, row_format
 from moeray.transport.wire import Geometry, inline_rows_for
 
 INLINE_BYTES = 64 * 1024  # per group and layer call; bounds what a decode step sends in vain
@@ -36,6 +37,7 @@ class TransportSpec:
         device: where x lives ("cpu", "cuda:0").
         connect_timeout_s: for handshakes and for building the links.
         channel: with whose groups on this node rows go through shared memory instead of the backend (gloo only).
+        dispatch_format: how rows travel to the groups, see rows.py.
         spin_s: how long a wait on a channel may poll before it sleeps; 0 where the core is not this shard's alone.
     """
 
@@ -49,6 +51,7 @@ class TransportSpec:
     device: str = "cpu"
     connect_timeout_s: float = 30.0
     channel: ChannelUsers = "same_user"
+    dispatch_format: RowFormatName = "plain"
     spin_s: float = 0.0
 
 
@@ -68,7 +71,8 @@ def connect(
     if spec.backend == "local":
         if compute is None:
             raise TransportError("the local backend needs the experts' computation in this process")
-        return LocalTransport(placement, compute, spec.shard_number)
+        rows = row_format(spec.dispatch_format, spec.identity.hidden_size, dtype_of(spec.identity))
+        return LocalTransport(placement, compute, spec.shard_number, rows)
     if len(addresses) != placement.num_groups:
         raise TransportError(f"{len(addresses)} addresses for a placement over {placement.num_groups} expert groups")
     if placement.num_experts != spec.identity.num_experts or placement.num_layers != spec.identity.num_layers:
@@ -76,13 +80,14 @@ def connect(
             f"the placement maps {placement.num_layers} layers of {placement.num_experts} experts, "
             f"the model has {spec.identity.num_layers} of {spec.identity.num_experts}"
         )
-    geometry = geometry_of(spec.identity, inline_rows_of(spec.identity))
+    geometry = geometry_of(spec.identity, spec.dispatch_format)
     hello = Hello(
         sender=f"shard {spec.shard}",
         backend=spec.backend,
         group=0,
         generation=placement.generation,
         inline_rows=geometry.inline_rows,
+        dispatch_format=spec.dispatch_format,
         identity=spec.identity,
     )
     rendezvous = ShardRendezvous.dial(addresses, hello, spec.host, spec.connect_timeout_s)
@@ -119,14 +124,19 @@ def connect(
     return transport
 
 
-def inline_rows_of(identity: ModelIdentity) -> int:
-    """Rows that a dispatch carries inline for this model."""
-    return inline_rows_for(identity.hidden_size, dtype_of(identity), INLINE_BYTES)
+def geometry_of(
+    identity: ModelIdentity, dispatch_format: RowFormatName = "plain", inline_rows: int | None = None
+) -> Geometry:
+    """Sizes on the wire; both ends compute them from the agreed identity.
 
-
-def geometry_of(identity: ModelIdentity, inline_rows: int) -> Geometry:
-    """Sizes on the wire; both ends compute them from the agreed identity."""
-    return Geometry(identity.hidden_size, identity.top_k, dtype_of(identity), inline_rows)
+    Args:
+        inline_rows: as the shard says; None for what fits into INLINE_BYTES.
+    """
+    dtype = dtype_of(identity)
+    if inline_rows is None:
+        row_bytes = row_format(dispatch_format, identity.hidden_size, dtype).row_bytes
+        inline_rows = inline_rows_for(row_bytes, INLINE_BYTES)
+    return Geometry(identity.hidden_size, identity.top_k, dtype, inline_rows, dispatch_format)
 
 
 def dtype_of(identity: ModelIdentity) -> torch.dtype:

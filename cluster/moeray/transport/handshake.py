@@ -20,9 +20,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from time import monotonic
-from typing import Any
+from typing import Any, get_args
 
 from moeray.transport.errors import HandshakeRefused
+from moeray.transport.rows import RowFormatName
 
 PROTOCOL = 2
 MAX_MESSAGE_BYTES = 64 * 1024
@@ -62,7 +63,7 @@ class Hello:
     Attributes:
         sender: name of the shard or group, for messages only.
         group: index of the expert group that is meant.
-        inline_rows: set by the shard; the group takes it over.
+        inline_rows, dispatch_format: set by the shard; the group takes them over.
         channel: where the group waits for shards of its own node (see channel.py); "" for nowhere.
     """
 
@@ -72,6 +73,7 @@ class Hello:
     generation: int
     inline_rows: int
     identity: ModelIdentity
+    dispatch_format: RowFormatName = "plain"
     channel: str = ""
     protocol: int = PROTOCOL
 
@@ -95,6 +97,8 @@ class Hello:
             raise HandshakeRefused(f"not a hello of protocol {PROTOCOL}: {error}") from None
         if not isinstance(hello.inline_rows, int) or not 1 <= hello.inline_rows <= 4096:
             raise HandshakeRefused(f"inline_rows is {hello.inline_rows!r} there, 1..4096 is legal here")
+        if hello.dispatch_format not in get_args(RowFormatName):
+            raise HandshakeRefused(f"dispatch_format is {hello.dispatch_format!r} there, unknown here")
         if not isinstance(hello.channel, str) or len(hello.channel) > MAX_CHANNEL_NAME:
             raise HandshakeRefused(f"channel is {hello.channel!r} there, at most {MAX_CHANNEL_NAME} characters here")
         return hello

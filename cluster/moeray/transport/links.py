@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from moeray.config import ChannelUsers
 from moeray.transport.arena import Arena
 from moeray.transport.backends import build_communicator, host_store
-from moeray.transport.channel import Channels, ChannelUsers, open_channel, share_arena
+from moeray.transport.channel import Channels, open_channel, share_arena
 from moeray.transport.communicator import Communicator
 from moeray.transport.errors import PeerLost, TransportError
 from moeray.transport.handshake import Start

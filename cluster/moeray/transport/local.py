@@ -11,6 +11,7 @@ from moeray.placement import Placement
 from moeray.transport.errors import GroupFailed, TransportError
 from moeray.transport.interface import DispatchHandle, ExpertCompute
 from moeray.transport.reduction import require_finite, weighted_sum
+from moeray.transport.rows import RowFormat
 
 
 @dataclass(slots=True)
@@ -28,9 +29,13 @@ class LocalHandle:
 class LocalTransport:
     """Calls `compute` once per group with the ids of that group alone, as a distant group would be called."""
 
-    def __init__(self, placement: Placement, compute: ExpertCompute, shard: int = 0) -> None:
+    def __init__(
+        self, placement: Placement, compute: ExpertCompute, shard: int = 0, rows: RowFormat | None = None
+    ) -> None:
+        """Args: rows: how they would travel to a distant group; None is as they are."""
         self._placement = placement
         self._compute = compute
+        self._rows = rows
         self._owner_LE = torch.tensor(
             [placement.group_of_expert(layer, shard) for layer in range(placement.num_layers)]
         )
@@ -41,7 +46,8 @@ class LocalTransport:
 
     def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> LocalHandle:
         # The caller may reuse its buffers, and nothing is computed before combine (as with a distant group).
-        return LocalHandle(self.generation, layer, x_TD.clone(), expert_ids_TK.clone(), weights_TK.clone())
+        x_TD = x_TD.clone() if self._rows is None else self._rows.decode(self._rows.encode(x_TD.clone()))
+        return LocalHandle(self.generation, layer, x_TD, expert_ids_TK.clone(), weights_TK.clone())
 
     def combine(self, handle: DispatchHandle) -> Tensor:
         if not isinstance(handle, LocalHandle) or handle.spent:

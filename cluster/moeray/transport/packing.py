@@ -4,7 +4,8 @@ Two packers with the same result: `HostPacker` (NumPy, exact sizes) and `DeviceP
 host reads no size, so that it never waits for the routing). Only tokens with at least one expert in a group go to it;
 ids of experts elsewhere are -1.
 
-Suffixes: T tokens, D hidden, K experts per token, P = T * K pairs in row-major order, N groups, L layers, E experts.
+Suffixes: T tokens, D hidden, B bytes of a dispatched row, K experts per token, P = T * K pairs in row-major order,
+N groups, L layers, E experts.
 """
 
 from __future__ import annotations
@@ -20,10 +21,7 @@ from torch import Tensor
 
 from moeray.transport.communicator import Message
 from moeray.transport.memory import MessageMemory
-from moeray.transport.wire import HEADER_BYTES, HEADER_WORDS, Flags, Geometry, Header
-
-# NumPy has no bfloat16: rows are moved as integers of the same width.
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from moeray.transport.wire import HEADER, HEADER_BYTES, HEADER_WORDS, Flags, Geometry, Header
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,29 +111,34 @@ class HostPacker:
         self._geometry = geometry
         self._owner_LE = owner_LE
         self._blocks = memory.take(num_groups * geometry.block_bytes).view(num_groups, geometry.block_bytes)
-        self._headers_NW = self._blocks.view(torch.int64)[:, :HEADER_WORDS].numpy()
+        self._sends = _to_groups(self._blocks)
+        self._buffers = [block.numpy().data for block in self._blocks]
         self._inline = [self._views(block[HEADER_BYTES:], geometry.inline_rows) for block in self._blocks]
         self._large = memory.take(geometry.payload_room(max_tokens, num_groups))
 
     def pack(self, header: Header, x_TD: Tensor, ids_TK: Tensor) -> Packed:
         ids, geometry = ids_TK.contiguous().numpy(), self._geometry
         routing = route_on_host(ids, self._owner_LE[header.layer], len(self._blocks), geometry.status_rows)
-        x = _as_integers(x_TD.contiguous())
+        x = geometry.dispatched.encode(x_TD).numpy()
         large = self._large_payloads(routing.tokens)
         for group, (tokens, pairs) in enumerate(zip(routing.tokens, routing.num_pairs, strict=True)):
             num_rows = len(tokens)
             flags = Flags.LARGE if group in large else Flags.NONE
             rows, row_ids = self._views(large[group], num_rows) if group in large else self._inline[group]
-            np.take(x, tokens, axis=0, out=rows[:num_rows], mode="clip")
+            if num_rows == len(x):
+                rows[:num_rows] = x
+            else:
+                np.take(x, tokens, axis=0, out=rows[:num_rows], mode="clip")
             row_ids[:num_rows] = routing.ids[group]
             own = Header(header.generation, header.sequence, header.layer, num_rows, pairs, pairs, flags)
-            self._headers_NW[group] = own.words()
-        sends = [*_to_groups(self._blocks), *((payload, 1 + group) for group, payload in large.items())]
+            HEADER.pack_into(self._buffers[group], 0, *own.words())
+        sends = [*self._sends, *((payload, 1 + group) for group, payload in large.items())]
         return Packed(sends, torch.from_numpy(routing.source_P), routing.num_pairs, routing.num_pairs)
 
     def blocks_with(self, header: Header) -> list[Message]:
-        self._headers_NW[:] = header.words()
-        return _to_groups(self._blocks)
+        for buffer in self._buffers:
+            HEADER.pack_into(buffer, 0, *header.words())
+        return self._sends
 
     def _large_payloads(self, tokens: list[NDArray[np.int64]]) -> dict[int, Tensor]:
         """Exact room for the groups whose rows do not fit inline."""
@@ -143,9 +146,9 @@ class HostPacker:
         sizes = {g: geometry.payload_bytes(len(t)) for g, t in enumerate(tokens) if len(t) > geometry.inline_rows}
         return _cut_up(self._large, sizes)
 
-    def _views(self, payload: Tensor, num_rows: int) -> tuple[NDArray[np.generic], NDArray[np.int32]]:
-        x, ids = self._geometry.payload_views(payload, num_rows, num_rows)
-        return _as_integers(x), ids.numpy()
+    def _views(self, payload: Tensor, num_rows: int) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+        x_TB, ids_TK = self._geometry.payload_views(payload, num_rows, num_rows)
+        return x_TB.numpy(), ids_TK.numpy()
 
 
 class DevicePacker:
@@ -183,6 +186,7 @@ class DevicePacker:
         num_tokens, top_k = ids_TK.shape
         num_groups = len(self._blocks)
         room = self._geometry.bucket_pairs(num_tokens)
+        x_TB = self._geometry.dispatched.encode(x_TD)
         owner_TK = self._owner_LE[header.layer][ids_TK.long()]
         mine_NTK = owner_TK.unsqueeze(0) == self._groups_N.view(-1, 1, 1)
         member_NT = mine_NTK.any(dim=2)
@@ -190,7 +194,7 @@ class DevicePacker:
         tokens_NT = (~member_NT).to(torch.int8).argsort(dim=1, stable=True)
         own_ids_NTK = torch.where(mine_NTK, ids_TK, -1)
         for group, (rows, row_ids) in enumerate(self._inline):
-            rows[:num_tokens] = x_TD[tokens_NT[group]]
+            rows[:num_tokens] = x_TB[tokens_NT[group]]
             row_ids[:num_tokens] = own_ids_NTK[group][tokens_NT[group]]
         self._write_headers([replace(header, reply_pairs=room)] * num_groups)
         self._headers_NW[:, Header.ROWS_WORD] = member_NT.sum(dim=1)
@@ -210,13 +214,14 @@ class DevicePacker:
             group: geometry.payload_bytes(len(tokens)) for group, tokens in enumerate(routing.tokens) if len(tokens)
         }
         payloads = _cut_up(self._large, sizes)
+        x_TB = geometry.dispatched.encode(x_TD)
         headers = []
         for group, (tokens, pairs) in enumerate(zip(routing.tokens, routing.num_pairs, strict=True)):
             flags = Flags.LARGE if group in payloads else Flags.NONE
             headers.append(replace(header, num_rows=len(tokens), num_pairs=pairs, reply_pairs=pairs, flags=flags))
             if group in payloads:
                 rows, row_ids = geometry.payload_views(payloads[group], len(tokens), len(tokens))
-                rows.copy_(x_TD.index_select(0, torch.from_numpy(tokens).to(device)))
+                rows.copy_(x_TB.index_select(0, torch.from_numpy(tokens).to(device)))
                 row_ids.copy_(torch.from_numpy(routing.ids[group]))
         self._write_headers(headers)
         sends = [*_to_groups(self._blocks), *((payload, 1 + group) for group, payload in payloads.items())]
@@ -225,12 +230,6 @@ class DevicePacker:
     def _write_headers(self, headers: Sequence[Header]) -> None:
         words_NW = torch.tensor([header.words() for header in headers], dtype=torch.int64)
         self._headers_NW.copy_(words_NW, non_blocking=True)
-
-
-def _as_integers(x_TD: Tensor) -> NDArray[np.generic]:
-    """[T, D] integers of the width of x's dtype; shares memory."""
-    array: NDArray[np.generic] = x_TD.view(INTEGERS[x_TD.dtype.itemsize]).numpy()
-    return array
 
 
 def _to_groups(blocks: Tensor) -> list[Message]:

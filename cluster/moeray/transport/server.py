@@ -15,8 +15,9 @@ from time import monotonic, sleep
 
 import torch
 
+from moeray.config import ChannelUsers
 from moeray.transport.backends import build_communicator, join_store
-from moeray.transport.channel import ChannelListener, ChannelUsers
+from moeray.transport.channel import ChannelListener
 from moeray.transport.connection import geometry_of
 from moeray.transport.errors import HandshakeRefused
 from moeray.transport.handshake import Hello, ModelIdentity, Start, receive_message, send_message
@@ -200,7 +201,7 @@ class GroupServer:
     def _join(self, shard: ConnectedShard, theirs: Hello, listener: ChannelListener | None) -> Session:
         # The shard greets its other groups first, so this may take as long as its connecting does.
         start = Start.from_json(receive_message(shard.connection, monotonic() + MAX_CONNECT_TIMEOUT_S))
-        geometry = geometry_of(theirs.identity, theirs.inline_rows)
+        geometry = geometry_of(theirs.identity, theirs.dispatch_format, theirs.inline_rows)
         timeout_s = min(start.connect_timeout_s, MAX_CONNECT_TIMEOUT_S)
         link: GroupLink
         if start.by_channel:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moeray.transport.communicator import Communicator, LinkBroken
 from moeray.transport.interface import ExpertCompute
-from moeray.transport.wire import HEADER_BYTES, Flags, Geometry, Header, Status, write_status
+from moeray.transport.wire import HEADER_BYTES, Flags, Geometry, Header, Status, read_header, write_status
 
 
 class GroupLink(Protocol):
@@ -129,8 +129,7 @@ class Session:
         try:
             while True:
                 block = self._link.next_block(reply)
-                header = Header.from_words(block[:HEADER_BYTES].view(torch.int64).tolist())
-                reply = self._answer(header, block)
+                reply = self._answer(read_header(block), block)
         except LinkBroken as error:
             return error.reason
         finally:
@@ -138,13 +137,14 @@ class Session:
 
     def _answer(self, header: Header, block: Tensor) -> Tensor:
         geometry, status_rows = self._geometry, self._geometry.status_rows
-        x_TD, ids_TK = self._rows(header, block)
+        x_TB, ids_TK = self._rows(header, block)
         reply = self._link.reply((status_rows + header.reply_pairs) * geometry.row_bytes)
         generation, status, text = self._generation(), Status.OK, ""
         if header.generation != generation:
             status = Status.STALE
         elif not header.flags & Flags.PROBE:
             try:
+                x_TD = geometry.dispatched.decode(x_TB)
                 self._compute_rows(header, x_TD, ids_TK, reply[status_rows * geometry.row_bytes :])
             except Exception as error:  # noqa: BLE001
                 # Whatever went wrong in the computation is this call's result; the shard must not wait for rows.

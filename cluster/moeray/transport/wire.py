@@ -2,7 +2,7 @@
 
 A dispatch to one group is one block of fixed size: header, then room for `inline_rows` rows of x and of ids.
 
-    header (8 x int64) | x: inline_rows x D | pad to 64 | ids: inline_rows x K x int32 | pad to 64
+    header (8 x int64) | x: inline_rows x B | pad to 64 | ids: inline_rows x K x int32 | pad to 64
 
 A group that gets more rows than fit inline finds `LARGE` in the header and receives them in a second message of
 exactly known size (same layout, without header). The reply is `status_rows + reply_pairs` rows of D: the status lies
@@ -10,27 +10,31 @@ in the first rows, so that the rows of all groups form one matrix that a single 
 
     status (5 x int64, then UTF-8 text), STATUS_BYTES rounded up to whole rows | rows_PD
 
-Suffixes: D hidden, K experts per token, P (token, k) pairs.
+Suffixes: D hidden, K experts per token, P (token, k) pairs, B bytes of one dispatched row (see rows.py).
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
+from functools import cached_property
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from moeray.transport.memory import aligned
+from moeray.transport.rows import RowFormat, RowFormatName, row_format
 
 MAGIC = 0x6D6F65726179  # "moeray"
 HEADER_WORDS = 8
-HEADER_BYTES = 8 * HEADER_WORDS
-STATUS_WORDS = 5
+HEADER = struct.Struct(f"={HEADER_WORDS}q")
+HEADER_BYTES = HEADER.size
+STATUS = struct.Struct("=5q")
 STATUS_BYTES = 256
-MAX_STATUS_TEXT = STATUS_BYTES - 8 * STATUS_WORDS
+MAX_STATUS_TEXT = STATUS_BYTES - STATUS.size
 
 
 class Flags(IntFlag):
@@ -95,49 +99,58 @@ class Header:
         return cls(generation, sequence, layer, num_rows, num_pairs, reply_pairs, Flags(flags))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Geometry:
-    """Sizes in bytes that follow from the model and the inline capacity."""
+    """Sizes in bytes that follow from the model, the inline capacity and the format of dispatched rows.
+
+    Attributes:
+        row_bytes: of one answered row.
+        dispatched: the format of dispatched rows.
+    """
 
     hidden_size: int
     top_k: int
     dtype: torch.dtype
     inline_rows: int
+    dispatch_format: RowFormatName = "plain"
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         return self.hidden_size * self.dtype.itemsize
 
-    @property
+    @cached_property
+    def dispatched(self) -> RowFormat:
+        return row_format(self.dispatch_format, self.hidden_size, self.dtype)
+
+    @cached_property
     def status_rows(self) -> int:
         """Rows of D that the status takes, at least one."""
         return -(-STATUS_BYTES // self.row_bytes)
 
-    @property
+    @cached_property
     def block_bytes(self) -> int:
         return HEADER_BYTES + self.payload_bytes(self.inline_rows)
 
     def ids_offset(self, num_rows: int) -> int:
         """Where the ids begin in a payload of `num_rows` rows."""
-        return aligned(num_rows * self.row_bytes)
+        return aligned(num_rows * self.dispatched.row_bytes)
 
     def payload_bytes(self, num_rows: int) -> int:
         return self.ids_offset(num_rows) + aligned(num_rows * self.top_k * 4)
 
     def payload_views(self, payload: Tensor, capacity: int, num_rows: int) -> tuple[Tensor, Tensor]:
-        """The first `num_rows` rows (x_TD, ids_TK) of a uint8 payload laid out for `capacity` rows; no copy."""
-        x_bytes = payload[: num_rows * self.row_bytes]
-        ids_begin = self.ids_offset(capacity)
+        """The first `num_rows` rows (x_TB uint8, ids_TK) of a uint8 payload laid out for `capacity` rows; no copy."""
+        row_bytes, ids_begin = self.dispatched.row_bytes, self.ids_offset(capacity)
         ids_bytes = payload[ids_begin : ids_begin + num_rows * self.top_k * 4]
         return (
-            x_bytes.view(self.dtype).view(num_rows, self.hidden_size),
+            payload[: num_rows * row_bytes].view(num_rows, row_bytes),
             ids_bytes.view(torch.int32).view(num_rows, self.top_k),
         )
 
     def payload_room(self, max_tokens: int, num_groups: int) -> int:
         """Bytes that the payloads of one dispatch take at most: every token goes to as many groups as it can."""
         num_rows = max_tokens * min(num_groups, self.top_k)
-        return num_rows * (self.row_bytes + 4 * self.top_k) + 2 * num_groups * aligned(1)
+        return num_rows * (self.dispatched.row_bytes + 4 * self.top_k) + 2 * num_groups * aligned(1)
 
     def reply_room(self, max_tokens: int, num_groups: int) -> int:
         """Rows that the replies to one dispatch take at most, buckets included: see `bucket_pairs`."""
@@ -149,17 +162,29 @@ class Geometry:
         return self.top_k << max(0, num_tokens - 1).bit_length()
 
 
-def inline_rows_for(hidden_size: int, dtype: torch.dtype, inline_bytes: int) -> int:
+def inline_rows_for(row_bytes: int, inline_bytes: int) -> int:
     """Rows that fit into about `inline_bytes`, between 1 and 64."""
-    return max(1, min(64, inline_bytes // (hidden_size * dtype.itemsize)))
+    return max(1, min(64, inline_bytes // row_bytes))
+
+
+def read_header(block: Tensor) -> Header:
+    """The header of a received block (uint8, any device).
+
+    Raises:
+        ValueError: see `Header.from_words`.
+    """
+    head = block if block.is_cpu else block[:HEADER_BYTES].cpu()
+    return Header.from_words(HEADER.unpack_from(head.numpy().data))
 
 
 def write_status(reply: Tensor, status: Status, sequence: int, generation: int, text: str = "") -> None:
     """Write a reply's status into its first bytes (uint8, any device)."""
     encoded = text.encode()[:MAX_STATUS_TEXT]
-    head = np.array([MAGIC, sequence, generation, int(status), len(encoded)], dtype=np.int64).tobytes() + encoded
-    raw = torch.frombuffer(bytearray(head.ljust(STATUS_BYTES, b"\0")), dtype=torch.uint8)
-    reply[:STATUS_BYTES].copy_(raw)
+    head = STATUS.pack(MAGIC, sequence, generation, status, len(encoded)) + encoded
+    if reply.is_cpu:
+        reply.numpy().data[: len(head)] = head
+    else:
+        reply[: len(head)].copy_(torch.frombuffer(bytearray(head), dtype=torch.uint8))
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,16 +197,18 @@ class ReplyStatus:
     text: str
 
 
-def read_status(raw: bytes) -> ReplyStatus:
+def read_status(replies: Any, begin: int = 0) -> ReplyStatus:
     """Read the beginning of a reply.
 
     Args:
-        raw: the first STATUS_BYTES of a reply.
+        replies: buffer of bytes.
+        begin: where the reply begins; STATUS_BYTES of it are there.
     Raises:
         ValueError: not a status of ours.
     """
-    magic, sequence, generation, status, length = np.frombuffer(raw, dtype=np.int64, count=STATUS_WORDS).tolist()
+    magic, sequence, generation, status, length = STATUS.unpack_from(replies, begin)
     if magic != MAGIC or not 0 <= length <= MAX_STATUS_TEXT:
         raise ValueError("the reply does not begin with a status")
-    begin = 8 * STATUS_WORDS
-    return ReplyStatus(Status(status), sequence, generation, raw[begin : begin + length].decode(errors="replace"))
+    begin += STATUS.size
+    text = bytes(replies[begin : begin + length]).decode(errors="replace") if length else ""
+    return ReplyStatus(Status(status), sequence, generation, text)

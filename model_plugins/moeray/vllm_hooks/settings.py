@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from moeray.config import ChannelUsers
+
 ADDITIONAL_CONFIG_KEY = "moeray"
 BACKENDS = ("gloo", "nccl", "local")
 
@@ -21,6 +23,7 @@ class ShardSettings:
         shard: name of the shard, as it appears in errors and in the groups' logs.
         number: the shard's; chooses among the redundant copies of an expert.
         timeout_s: an expert group that has not answered a layer call by then is lost.
+        channel: see `TransportSpec.channel`.
         host: address this shard's end of the transport binds and connects from.
     """
 
@@ -29,6 +32,7 @@ class ShardSettings:
     shard: str = "shard"
     number: int = 0
     timeout_s: float = 10.0
+    channel: ChannelUsers = "same_user"
     host: str = "127.0.0.1"
 
     def __post_init__(self) -> None:

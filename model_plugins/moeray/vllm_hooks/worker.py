@@ -100,6 +100,7 @@ def _connect(settings: ShardSettings, vllm_config: Any, placement: Placement, ad
         max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
         timeout_s=settings.timeout_s,
         host=settings.host,
+        channel=settings.channel,
         device=str(vllm_config.device_config.device),
     )
     return connect(spec, placement, addresses, _local_experts(settings, vllm_config))

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moeray.transport.errors import HandshakeRefused
-from moeray.transport.handshake import MAX_MESSAGE_BYTES, Hello, ModelIdentity, receive_message, send_message
+from moeray.transport.handshake import MAX_MESSAGE_BYTES, Hello, ModelIdentity, Start, receive_message, send_message
 
 IDENTITY = ModelIdentity(
     fingerprint="f00d", hidden_size=64, top_k=2, num_experts=8, num_layers=2, dtype="bfloat16", moeray_version="1"
@@ -96,13 +96,45 @@ def test_any_json_is_a_hello_or_refused(value: object) -> None:
             Hello.from_json(receive_message(right, monotonic() + 1))
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        {},
+        {"rank": 1, "size": 2, "store": "a:1", "connect_timeout_s": 1.0, "extra": 1},
+        {"rank": 2, "size": 2, "store": "a:1", "connect_timeout_s": 1.0},
+        {"rank": -1, "size": 2, "store": "a:1", "connect_timeout_s": 1.0},
+        {"rank": 1, "size": 2, "store": "a:1", "connect_timeout_s": 0},
+        {"rank": "1", "size": 2, "store": "a:1", "connect_timeout_s": 1.0},
+    ],
+)
+def test_a_start_that_is_none_is_refused(data: dict[str, object]) -> None:
+    with pytest.raises(HandshakeRefused, match="a start"):
+        Start.from_json(data)
+
+
+def test_a_start_survives_its_message() -> None:
+    start = Start(rank=1, size=3, store="127.0.0.1:5", connect_timeout_s=2.5)
+    assert Start.from_json(start.to_json()) == start
+    assert not start.by_channel and Start(rank=0, size=1, store="", connect_timeout_s=1.0).by_channel
+
+
 def test_a_hello_of_another_protocol_is_refused_with_both_numbers() -> None:
-    with pytest.raises(HandshakeRefused, match="protocol is 2 there, 1 here"):
-        Hello.from_json({**SHARD.to_json(), "protocol": 2})
+    with pytest.raises(HandshakeRefused, match="protocol is 1 there, 2 here"):
+        Hello.from_json({**SHARD.to_json(), "protocol": 1})
 
 
 @pytest.mark.parametrize(
-    "change", [{"group": None}, {"extra": 1}, {"identity": {}}, {"identity": 3}, {"inline_rows": 0}]
+    "change",
+    [
+        {"group": None},
+        {"extra": 1},
+        {"identity": {}},
+        {"identity": 3},
+        {"inline_rows": 0},
+        {"dispatch_format": "int3"},
+        {"channel": "x" * 101},
+        {"channel": None},
+    ],
 )
 def test_an_incomplete_hello_is_refused(change: dict[str, object]) -> None:
     data = {**SHARD.to_json(), **change}

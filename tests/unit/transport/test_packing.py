@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moeray.transport.arena import Arena
+from moeray.transport.links import room_for
 from moeray.transport.packing import DevicePacker, HostPacker, Packed, route_on_host
-from moeray.transport.wire import HEADER_BYTES, Flags, Geometry, Header
+from moeray.transport.wire import HEADER_BYTES, Flags, Geometry, Header, read_header
 
 
 @dataclass
@@ -35,7 +37,8 @@ def batches(draw: st.DrawFn) -> Batch:
     rows = draw(st.lists(st.permutations(range(num_experts)), max_size=9))
     ids = torch.tensor([row[:top_k] for row in rows], dtype=torch.int32).view(len(rows), top_k)
     dtype = draw(st.sampled_from([torch.bfloat16, torch.float32]))
-    geometry = Geometry(draw(st.integers(1, 5)), top_k, dtype, draw(st.integers(1, 12)))
+    dispatch_format = draw(st.sampled_from(["plain", "fp8"]))  # small whole numbers survive FP8
+    geometry = Geometry(draw(st.integers(1, 5)), top_k, dtype, draw(st.integers(1, 12)), dispatch_format)
     x_TD = torch.arange(len(rows), dtype=dtype).unsqueeze(1).expand(-1, geometry.hidden_size).contiguous()
     return Batch(geometry, num_groups, np.array(owner, dtype=np.int64), ids, x_TD)
 
@@ -64,26 +67,32 @@ HEADER = Header(4, 5, 0, 0, 0, 0, Flags.NONE)
 
 
 def pack(batch: Batch, kind: str) -> Packed:
-    owner_LE = batch.owner_E[None]
-    packer = (
-        HostPacker(batch.geometry, owner_LE, batch.num_groups)
-        if kind == "host"
-        else DevicePacker(batch.geometry, owner_LE, batch.num_groups, torch.device("cpu"))
+    """With no more room than `room_for` says, and what the caller wrote there before."""
+    num_tokens = len(batch.ids_TK)
+    arena = Arena.create(room_for(batch.geometry, num_tokens, batch.num_groups))
+    packer = (HostPacker if kind == "host" else DevicePacker)(
+        batch.geometry, batch.owner_E[None], batch.num_groups, arena, num_tokens
     )
-    return packer.pack(HEADER, batch.x_TD, batch.ids_TK)
+    arena.take(batch.geometry.reply_room(num_tokens, batch.num_groups) * batch.geometry.row_bytes)
+    arena.close()
+    packed = packer.pack(HEADER, batch.x_TD, batch.ids_TK)
+    replies = [batch.geometry.status_rows + pairs for pairs in packed.reply_pairs]
+    assert sum(replies) <= batch.geometry.reply_room(num_tokens, batch.num_groups)
+    return packed
 
 
 def received(batch: Batch, packed: Packed, group: int) -> tuple[Header, Tensor, Tensor]:
     """What a group reads from its messages."""
     messages = [tensor for tensor, peer in packed.sends if peer == 1 + group]
-    header = Header.from_words(messages[0][:HEADER_BYTES].view(torch.int64).tolist())
+    header = read_header(messages[0])
     large = bool(header.flags & Flags.LARGE)
     assert len(messages) == 1 + large
     payload = messages[1] if large else messages[0][HEADER_BYTES:]
     capacity = header.num_rows if large else batch.geometry.inline_rows
     assert header.num_rows <= capacity
     assert not large or len(payload) == batch.geometry.payload_bytes(header.num_rows)
-    return header, *batch.geometry.payload_views(payload, capacity, header.num_rows)
+    x_TB, ids_TK = batch.geometry.payload_views(payload, capacity, header.num_rows)
+    return header, batch.geometry.dispatched.decode(x_TB), ids_TK
 
 
 @pytest.mark.parametrize("kind", ["host", "device"])

@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moeray.transport.wire import (
+    HEADER,
+    HEADER_BYTES,
     MAGIC,
     MAX_STATUS_TEXT,
     STATUS_BYTES,
@@ -16,6 +18,7 @@ from moeray.transport.wire import (
     Header,
     Status,
     inline_rows_for,
+    read_header,
     read_status,
     write_status,
 )
@@ -38,6 +41,9 @@ GEOMETRIES = st.builds(Geometry, st.integers(1, 300), st.integers(1, 9), DTYPES,
 )
 def test_a_header_survives_its_words(header: Header) -> None:
     assert Header.from_words(list(header.words())) == header
+    block = torch.zeros(HEADER_BYTES + 9, dtype=torch.uint8)
+    HEADER.pack_into(memoryview(block.numpy()), 0, *header.words())
+    assert read_header(block) == header
 
 
 @pytest.mark.parametrize(
@@ -58,12 +64,12 @@ def test_words_that_are_no_header_are_refused(words: list[int]) -> None:
 @given(GEOMETRIES, st.integers(0, 20))
 def test_rows_and_ids_of_a_payload_do_not_overlap_and_stay_inside(geometry: Geometry, num_rows: int) -> None:
     payload = torch.zeros(geometry.payload_bytes(num_rows), dtype=torch.uint8)
-    x_TD, ids_TK = geometry.payload_views(payload, num_rows, num_rows)
-    x_TD.fill_(1.5)
+    x_TB, ids_TK = geometry.payload_views(payload, num_rows, num_rows)
+    x_TB.fill_(15)
     ids_TK.fill_(-1)
-    assert torch.equal(x_TD, torch.full_like(x_TD, 1.5))
+    assert torch.equal(x_TB, torch.full_like(x_TB, 15))
     ids_TK.fill_(7)
-    x_TD.fill_(-2.0)
+    x_TB.fill_(20)
     assert torch.equal(ids_TK, torch.full_like(ids_TK, 7))
 
 
@@ -71,9 +77,9 @@ def test_rows_and_ids_of_a_payload_do_not_overlap_and_stay_inside(geometry: Geom
 def test_a_status_survives_any_row_size_and_text(
     geometry: Geometry, status: Status, sequence: int, generation: int, text: str
 ) -> None:
-    rows = torch.zeros((geometry.status_rows, geometry.hidden_size), dtype=geometry.dtype)
-    write_status(rows, status, sequence, generation, text)
-    found = read_status(rows.view(-1).view(torch.uint8)[:STATUS_BYTES].numpy().tobytes())
+    reply = torch.zeros(7 + geometry.status_rows * geometry.row_bytes, dtype=torch.uint8)
+    write_status(reply[7:], status, sequence, generation, text)
+    found = read_status(memoryview(reply.numpy()), 7)
     assert (found.status, found.sequence, found.generation) == (status, sequence, generation)
     cut = text.encode()[:MAX_STATUS_TEXT].decode(errors="replace")
     assert found.text == cut
@@ -85,6 +91,6 @@ def test_uninitialised_memory_is_not_taken_for_a_status() -> None:
 
 
 def test_inline_capacity_is_bounded_on_both_sides() -> None:
-    assert inline_rows_for(128, torch.bfloat16, 1 << 16) == 64
-    assert inline_rows_for(4096, torch.bfloat16, 1 << 16) == 8
-    assert inline_rows_for(100_000, torch.float32, 1 << 16) == 1
+    assert inline_rows_for(256, 1 << 16) == 64
+    assert inline_rows_for(8192, 1 << 16) == 8
+    assert inline_rows_for(400_000, 1 << 16) == 1
