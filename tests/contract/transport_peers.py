@@ -147,6 +147,7 @@ class ServerSettings:
             host=self.host,
             backend=self.backend,
             channel=self.channel,
+            merge_calls=experts.batch_invariant,
         )
 
 

@@ -9,6 +9,7 @@ from moeray.config.schema import (
     ClusterConfig,
     ExpertsConfig,
     IngressConfig,
+    RowFormatName,
     TransportConfig,
 )
 
@@ -20,6 +21,7 @@ __all__ = [
     "ConfigError",
     "ExpertsConfig",
     "IngressConfig",
+    "RowFormatName",
     "TransportConfig",
     "load_config",
     "parse_config",

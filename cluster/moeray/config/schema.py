@@ -24,6 +24,7 @@ Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Port = Annotated[int, Field(strict=True, ge=1, le=65535)]
 Labels = Mapping[str, str]
 ChannelUsers = Literal["same_user", "any_user", "off"]
+RowFormatName = Literal["plain", "fp8"]
 
 
 @dataclass(frozen=True, config=_FROM_FILE)
@@ -79,10 +80,13 @@ class TransportConfig:
         timeout_s: an expert group that has not answered a layer call by then is lost.
         channel: whether shards and groups of one node use shared memory instead of gloo, and with whose processes:
             same_user, any_user (containers that run as different users), off.
+        dispatch_format: how activations travel to the groups: plain (the model's dtype) or fp8 (half of bf16's bytes,
+            and rounded: other text than plain's).
     """
 
     backend: Literal["gloo", "nccl", "local"] = "gloo"
     channel: ChannelUsers = "same_user"
+    dispatch_format: RowFormatName = "plain"
     timeout_s: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)] = 10.0
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moeray.config import ChannelUsers
+from moeray.config import ChannelUsers, RowFormatName
 from moeray.placement import Placement
 from moeray.transport.all_to_all import AllToAllTransport
 from moeray.transport.errors import TransportError
@@ -16,7 +16,7 @@ from moeray.transport.interface import ExpertCompute, Transport
 from moeray.transport.links import build_links
 from moeray.transport.local import LocalTransport
 from moeray.transport.rendezvous import ShardRendezvous
-from moeray.transport.rows import RowFormatName, row_format
+from moeray.transport.rows import row_format
 from moeray.transport.wire import Geometry, inline_rows_for
 
 INLINE_BYTES = 64 * 1024  # per group and layer call; bounds what a decode step sends in vain

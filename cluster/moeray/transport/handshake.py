@@ -22,8 +22,8 @@ from importlib.metadata import PackageNotFoundError, version
 from time import monotonic
 from typing import Any, get_args
 
+from moeray.config import RowFormatName
 from moeray.transport.errors import HandshakeRefused
-from moeray.transport.rows import RowFormatName
 
 PROTOCOL = 2
 MAX_MESSAGE_BYTES = 64 * 1024

@@ -8,13 +8,14 @@ Suffixes: T tokens, D hidden size, G groups of GROUP_SIZE values, B bytes of one
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-RowFormatName = Literal["plain", "fp8"]
+from moeray.config import RowFormatName
+
 GROUP_SIZE = 128
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max

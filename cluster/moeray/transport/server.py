@@ -23,6 +23,7 @@ from moeray.transport.errors import HandshakeRefused
 from moeray.transport.handshake import Hello, ModelIdentity, Start, receive_message, send_message
 from moeray.transport.interface import ExpertCompute
 from moeray.transport.links import CHANNEL_BACKENDS
+from moeray.transport.merging import MergedCompute
 from moeray.transport.rendezvous import keep_alive, peer_has_gone
 from moeray.transport.session import BufferedLink, GroupLink, Session, SessionCounts
 
@@ -66,16 +67,20 @@ class GroupServer:
         backend: str = "gloo",
         device: str = "cpu",
         channel: ChannelUsers = "same_user",
+        merge_calls: bool = False,
     ) -> None:
         """Keep the settings; `start` listens.
 
         Args:
-            compute: called from several threads at once.
+            compute: called from several threads at once, unless calls are merged.
             group: index of this group in the placement.
             host: the only address listened on; port 0 takes a free one.
+            merge_calls: compute calls of several shards as one; only right where a row's bits do not depend on the
+                other rows of its call.
             channel: which shards of this node may use shared memory instead of the backend (gloo only).
         """
-        self._compute = compute
+        self._merged = MergedCompute(compute) if merge_calls else None
+        self._compute = self._merged or compute
         self._hello = Hello(
             sender=f"expert group {group}",
             backend=backend,
@@ -104,6 +109,11 @@ class GroupServer:
     @property
     def generation(self) -> int:
         return self._hello.generation
+
+    @property
+    def calls_per_batch(self) -> float:
+        """Calls that were computed as one, on average; 1 where nothing is merged."""
+        return self._merged.calls_per_batch if self._merged else 1.0
 
     def set_generation(self, generation: int) -> None:
         """From now on, shards of another generation are refused, and calls of connected ones fail as stale."""

@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeray.config import RowFormatName
 from moeray.transport.memory import aligned
-from moeray.transport.rows import RowFormat, RowFormatName, row_format
+from moeray.transport.rows import RowFormat, row_format
 
 MAGIC = 0x6D6F65726179  # "moeray"
 HEADER_WORDS = 8

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moeray.config import ChannelUsers
+from moeray.config import ChannelUsers, RowFormatName
 
 ADDITIONAL_CONFIG_KEY = "moeray"
 BACKENDS = ("gloo", "nccl", "local")
@@ -23,7 +23,7 @@ class ShardSettings:
         shard: name of the shard, as it appears in errors and in the groups' logs.
         number: the shard's; chooses among the redundant copies of an expert.
         timeout_s: an expert group that has not answered a layer call by then is lost.
-        channel: see `TransportSpec.channel`.
+        channel, dispatch_format: see `TransportSpec`.
         host: address this shard's end of the transport binds and connects from.
     """
 
@@ -33,6 +33,7 @@ class ShardSettings:
     number: int = 0
     timeout_s: float = 10.0
     channel: ChannelUsers = "same_user"
+    dispatch_format: RowFormatName = "plain"
     host: str = "127.0.0.1"
 
     def __post_init__(self) -> None:

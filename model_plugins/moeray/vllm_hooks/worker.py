@@ -101,6 +101,7 @@ def _connect(settings: ShardSettings, vllm_config: Any, placement: Placement, ad
         timeout_s=settings.timeout_s,
         host=settings.host,
         channel=settings.channel,
+        dispatch_format=settings.dispatch_format,
         device=str(vllm_config.device_config.device),
     )
     return connect(spec, placement, addresses, _local_experts(settings, vllm_config))
