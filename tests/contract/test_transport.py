@@ -126,10 +126,10 @@ def test_nccl_gives_the_oracles_bits() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("NCCL is not covered here: it needs two CUDA devices")
     model, placement = SMALL, spread(SMALL, (8,))
-    experts = model.experts(dict.fromkeys(range(NUM_LAYERS), tuple(range(8))))
+    each = {(layer, e): model.weights(layer, e) for layer in range(NUM_LAYERS) for e in range(8)}
     on_device = {
-        layer: {e: type(w)(w.w13.to("cuda:1"), w.w2.to("cuda:1")) for e, w in held.items()}
-        for layer, held in experts._weights.items()
+        layer: {e: type(w)(w.w13.to("cuda:1"), w.w2.to("cuda:1")) for (at, e), w in each.items() if at == layer}
+        for layer in range(NUM_LAYERS)
     }
     from moeray.deepseek_v4.experts import RoutedExperts
     from moeray.transport import GroupServer

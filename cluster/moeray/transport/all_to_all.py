@@ -28,7 +28,7 @@ from moeray.transport.errors import GroupFailed, PeerLost, StaleGeneration, Tran
 from moeray.transport.interface import DispatchHandle
 from moeray.transport.links import Links
 from moeray.transport.packing import DevicePacker, HostPacker, Packed, Packer
-from moeray.transport.reduction import require_finite, weighted_sum
+from moeray.transport.reduction import combine_rows, prepare, require_finite
 from moeray.transport.rendezvous import ShardRendezvous
 from moeray.transport.timings import HopTimings, now_ns
 from moeray.transport.wire import STATUS_BYTES, Flags, Geometry, Header, Status, read_status
@@ -88,6 +88,7 @@ class AllToAllTransport:
         self._packer: Packer = packer(geometry, owner_LE, num_groups, memory, max_tokens)
         reply_rows = geometry.reply_room(max_tokens, num_groups)
         self._replies = memory.take(reply_rows * geometry.row_bytes).view(geometry.dtype).view(reply_rows, -1)
+        prepare(geometry.dtype, self._replies.device)
         on_host = self._replies.is_cpu
         self._host_replies = self._replies.view(-1).view(torch.uint8).numpy().data if on_host else None
         self._timings = HopTimings(pairs_per_group=[0] * num_groups)
@@ -132,9 +133,10 @@ class AllToAllTransport:
             self._poison(lambda: StaleGeneration(failure.group, failure.ours, failure.theirs))
         if failure is not None:
             raise failure
-        rows_PD = self._replies.index_select(0, handle.source_P)
-        y_TD = weighted_sum(rows_PD, handle.weights_TK)
-        require_finite(y_TD, rows_PD, handle.layer, handle.expert_ids_TK, handle.group_of_pairs)
+        y_TD, is_finite = combine_rows(self._replies, handle.source_P, handle.weights_TK)
+        if not is_finite:
+            rows_PD = self._replies.index_select(0, handle.source_P)
+            require_finite(y_TD, rows_PD, handle.layer, handle.expert_ids_TK, handle.group_of_pairs)
         timings = self._timings
         timings.calls += 1
         timings.overlap_ns += started - handle.dispatched_ns

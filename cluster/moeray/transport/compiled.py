@@ -6,7 +6,7 @@ numba is imported when the first of them is made, so that commands which compute
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
@@ -16,7 +16,7 @@ SLOW_S = 0.2
 """A function found on disk takes less; one that is compiled takes more, and the log says so."""
 
 
-def compiled(function: Callable[..., Any], signatures: Sequence[Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], signature: tuple[Any, ...]) -> Callable[..., Any]:
     """Compile `function` for these argument types now; it runs without the GIL.
 
     Floating-point operations stay as they are written: none is reordered and no product is fused with a sum, so that
@@ -24,7 +24,7 @@ def compiled(function: Callable[..., Any], signatures: Sequence[Any]) -> Callabl
 
     Args:
         function: in a module of its own with all that it calls: the copy on disk is renewed when that file changes.
-        signatures: numba types, one tuple of arguments for each.
+        signature: the arguments' numba types.
     """
     from numba import njit
 
@@ -34,8 +34,7 @@ def compiled(function: Callable[..., Any], signatures: Sequence[Any]) -> Callabl
     except RuntimeError as error:  # numba's way to say that neither the package's nor the user's folder can be written
         logger.info("%s is compiled at every start: %s", function.__qualname__, error)
         dispatcher = njit(nogil=True, error_model="numpy")(function)
-    for signature in signatures:
-        dispatcher.compile(signature)
+    dispatcher.compile(signature)
     seconds = perf_counter() - started
     if seconds > SLOW_S:
         logger.info("compiled %s in %.1f s", function.__qualname__, seconds)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from moeray.config import ChannelUsers, RowFormatName
 from moeray.placement import Placement
@@ -38,6 +39,7 @@ class TransportSpec:
         connect_timeout_s: for handshakes and for building the links.
         channel: with whose groups on this node rows go through shared memory instead of the backend (gloo only).
         dispatch_format: how rows travel to the groups, see rows.py.
+        reserved: memory on the device for the messages, see `room_for`; None allocates it. Unused by channels.
         spin_s: how long a wait on a channel may poll before it sleeps; 0 where the core is not this shard's alone.
     """
 
@@ -53,6 +55,7 @@ class TransportSpec:
     channel: ChannelUsers = "same_user"
     dispatch_format: RowFormatName = "plain"
     spin_s: float = 0.0
+    reserved: Tensor | None = None
 
 
 def connect(
@@ -102,6 +105,7 @@ def connect(
         max_tokens=spec.max_tokens,
         connect_timeout_s=spec.connect_timeout_s,
         spin_s=spec.spin_s,
+        reserved=spec.reserved,
     )
     if links is None:
         rendezvous.close()

@@ -6,6 +6,7 @@ import socket
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from moeray.config import ChannelUsers
 from moeray.transport.arena import Arena
@@ -14,7 +15,7 @@ from moeray.transport.channel import Channels, open_channel, share_arena
 from moeray.transport.communicator import Communicator
 from moeray.transport.errors import PeerLost, TransportError
 from moeray.transport.handshake import Start
-from moeray.transport.memory import MessageMemory, PrivateMemory, aligned
+from moeray.transport.memory import MessageMemory, PrivateMemory, ReservedMemory, aligned
 from moeray.transport.mixed import MixedCommunicator
 from moeray.transport.rendezvous import ShardRendezvous
 from moeray.transport.wire import Geometry
@@ -48,6 +49,7 @@ def build_links(
     max_tokens: int,
     connect_timeout_s: float,
     spin_s: float,
+    reserved: Tensor | None,
 ) -> tuple[Links | None, TransportError | None]:
     """Connect to every group that `rendezvous` has greeted.
 
@@ -104,7 +106,8 @@ def build_links(
         return None, _given_up(channels, arena, reason)
     names = tuple("channel" if group in channels else backend for group in range(num_groups))
     communicator = parts[0][0] if len(parts) == 1 else MixedCommunicator(parts)
-    return Links(communicator, arena or PrivateMemory(device), names), None
+    private = PrivateMemory(device) if reserved is None else ReservedMemory(reserved)
+    return Links(communicator, arena or private, names), None
 
 
 def room_for(geometry: Geometry, max_tokens: int, num_groups: int) -> int:

@@ -35,6 +35,22 @@ class PrivateMemory:
         return torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
 
 
+class ReservedMemory:
+    """Memory that was set aside before it was known how much is needed; what does not fit is allocated."""
+
+    def __init__(self, reserved: Tensor) -> None:
+        """Args: reserved: uint8; used from its beginning by every new `ReservedMemory`."""
+        self._reserved = reserved
+        self._taken = 0
+
+    def take(self, num_bytes: int) -> Tensor:
+        begin, end = self._taken, self._taken + num_bytes
+        if end > len(self._reserved):
+            return torch.zeros(num_bytes, dtype=torch.uint8, device=self._reserved.device)
+        self._taken = aligned(end)
+        return self._reserved[begin:end].zero_()
+
+
 def aligned(num_bytes: int) -> int:
     """The next multiple of ALIGNMENT."""
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT

@@ -1,6 +1,6 @@
 """Which rows go to which group, and where each pair's answer will lie in the replies.
 
-Two packers with the same result: `HostPacker` (NumPy, exact sizes) and `DevicePacker` (torch; for decode batches the
+Two packers with the same result: `HostPacker` (compiled, exact sizes) and `DevicePacker` (torch; for decode batches the
 host reads no size, so that it never waits for the routing). Only tokens with at least one expert in a group go to it;
 ids of experts elsewhere are -1.
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moeray.transport.communicator import Message
 from moeray.transport.memory import MessageMemory
-from moeray.transport.wire import HEADER, HEADER_BYTES, HEADER_WORDS, Flags, Geometry, Header
+from moeray.transport.wire import HEADER_BYTES, HEADER_WORDS, Flags, Geometry, Header
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,52 +103,53 @@ def route_on_host(ids_TK: NDArray[np.int32], owner_E: NDArray[np.int64], num_gro
 
 
 class HostPacker:
-    """See `Packer`; x in host memory."""
+    """See `Packer`; x in host memory.
+
+    Compiled: 10, 12, 16 us for 1, 2, 4 groups at 8 tokens of hidden 1024, top-6, where NumPy took 15, 35, 57;
+    `route_on_host` says the same in NumPy.
+    """
 
     def __init__(
         self, geometry: Geometry, owner_LE: NDArray[np.int64], num_groups: int, memory: MessageMemory, max_tokens: int
     ) -> None:
+        from moeray.transport.packing_kernel import pack_kernel  # brings numba
+
         self._geometry = geometry
-        self._owner_LE = owner_LE
+        self._owner_LE = np.ascontiguousarray(owner_LE)
         self._blocks = memory.take(num_groups * geometry.block_bytes).view(num_groups, geometry.block_bytes)
-        self._sends = _to_groups(self._blocks)
-        self._buffers = [block.numpy().data for block in self._blocks]
-        self._inline = [self._views(block[HEADER_BYTES:], geometry.inline_rows) for block in self._blocks]
         self._large = memory.take(geometry.payload_room(max_tokens, num_groups))
+        self._sends = _to_groups(self._blocks)
+        self._kernel = pack_kernel()
+        self._block_views, self._large_views = _integer_views(self._blocks), _integer_views(self._large.unsqueeze(0))
+        self._counts_NC = np.empty((num_groups, 4), dtype=np.int64)
 
     def pack(self, header: Header, x_TD: Tensor, ids_TK: Tensor) -> Packed:
-        ids, geometry = ids_TK.contiguous().numpy(), self._geometry
-        routing = route_on_host(ids, self._owner_LE[header.layer], len(self._blocks), geometry.status_rows)
-        x = geometry.dispatched.encode(x_TD).numpy()
-        large = self._large_payloads(routing.tokens)
-        for group, (tokens, pairs) in enumerate(zip(routing.tokens, routing.num_pairs, strict=True)):
-            num_rows = len(tokens)
-            flags = Flags.LARGE if group in large else Flags.NONE
-            rows, row_ids = self._views(large[group], num_rows) if group in large else self._inline[group]
-            if num_rows == len(x):
-                rows[:num_rows] = x
-            else:
-                np.take(x, tokens, axis=0, out=rows[:num_rows], mode="clip")
-            row_ids[:num_rows] = routing.ids[group]
-            own = Header(header.generation, header.sequence, header.layer, num_rows, pairs, pairs, flags)
-            HEADER.pack_into(self._buffers[group], 0, *own.words())
-        sends = [*self._sends, *((payload, 1 + group) for group, payload in large.items())]
-        return Packed(sends, torch.from_numpy(routing.source_P), routing.num_pairs, routing.num_pairs)
+        geometry, counts_NC = self._geometry, self._counts_NC
+        source_P = np.empty(ids_TK.numel(), dtype=np.int64)
+        fits = self._kernel(
+            ids_TK.contiguous().numpy(),
+            self._owner_LE[header.layer],
+            geometry.dispatched.encode(x_TD).numpy(),
+            np.array(header.words(), dtype=np.int64),
+            geometry.inline_rows,
+            geometry.status_rows,
+            self._block_views,
+            self._large_views,
+            counts_NC,
+            source_P,
+        )
+        if not fits:
+            raise IndexError(f"expert ids outside 0..{self._owner_LE.shape[1] - 1}")
+        sends, num_pairs = self._sends, []
+        for group, (_, pairs, begin, num_bytes) in enumerate(counts_NC.tolist()):
+            num_pairs.append(pairs)
+            if num_bytes:
+                sends = [*sends, (self._large[begin : begin + num_bytes], 1 + group)]
+        return Packed(sends, torch.from_numpy(source_P), num_pairs, num_pairs)
 
     def blocks_with(self, header: Header) -> list[Message]:
-        for buffer in self._buffers:
-            HEADER.pack_into(buffer, 0, *header.words())
+        self._block_views[2][:, :HEADER_WORDS] = header.words()
         return self._sends
-
-    def _large_payloads(self, tokens: list[NDArray[np.int64]]) -> dict[int, Tensor]:
-        """Exact room for the groups whose rows do not fit inline."""
-        geometry = self._geometry
-        sizes = {g: geometry.payload_bytes(len(t)) for g, t in enumerate(tokens) if len(t) > geometry.inline_rows}
-        return _cut_up(self._large, sizes)
-
-    def _views(self, payload: Tensor, num_rows: int) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-        x_TB, ids_TK = self._geometry.payload_views(payload, num_rows, num_rows)
-        return x_TB.numpy(), ids_TK.numpy()
 
 
 class DevicePacker:
@@ -230,6 +231,11 @@ class DevicePacker:
     def _write_headers(self, headers: Sequence[Header]) -> None:
         words_NW = torch.tensor([header.words() for header in headers], dtype=torch.int64)
         self._headers_NW.copy_(words_NW, non_blocking=True)
+
+
+def _integer_views(memory: Tensor) -> tuple[NDArray[np.uint8], NDArray[np.int32], NDArray[np.int64]]:
+    """The same contiguous bytes (uint8) as integers of three widths."""
+    return memory.numpy(), memory.view(torch.int32).numpy(), memory.view(torch.int64).numpy()
 
 
 def _to_groups(blocks: Tensor) -> list[Message]:

@@ -33,6 +33,7 @@ MAGIC = 0x6D6F65726179  # "moeray"
 HEADER_WORDS = 8
 HEADER = struct.Struct(f"={HEADER_WORDS}q")
 HEADER_BYTES = HEADER.size
+MAX_INLINE_ROWS = 64
 STATUS = struct.Struct("=5q")
 STATUS_BYTES = 256
 MAX_STATUS_TEXT = STATUS_BYTES - STATUS.size
@@ -151,7 +152,7 @@ class Geometry:
     def payload_room(self, max_tokens: int, num_groups: int) -> int:
         """Bytes that the payloads of one dispatch take at most: every token goes to as many groups as it can."""
         num_rows = max_tokens * min(num_groups, self.top_k)
-        return num_rows * (self.dispatched.row_bytes + 4 * self.top_k) + 2 * num_groups * aligned(1)
+        return aligned(num_rows * (self.dispatched.row_bytes + 4 * self.top_k)) + 2 * num_groups * aligned(1)
 
     def reply_room(self, max_tokens: int, num_groups: int) -> int:
         """Rows that the replies to one dispatch take at most, buckets included: see `bucket_pairs`."""
@@ -164,8 +165,8 @@ class Geometry:
 
 
 def inline_rows_for(row_bytes: int, inline_bytes: int) -> int:
-    """Rows that fit into about `inline_bytes`, between 1 and 64."""
-    return max(1, min(64, inline_bytes // row_bytes))
+    """Rows that fit into about `inline_bytes`, between 1 and MAX_INLINE_ROWS."""
+    return max(1, min(MAX_INLINE_ROWS, inline_bytes // row_bytes))
 
 
 def read_header(block: Tensor) -> Header:

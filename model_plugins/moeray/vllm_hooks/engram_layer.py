@@ -5,6 +5,7 @@ Suffixes: T tokens, R requests, L Engram layers, C hash columns, B lookback, H s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,15 @@ class EngramStep:
         """Address the rows of the coming forward pass (arguments as of `NgramHash.rows`)."""
         tokens, starts, lookback = (t.numpy().astype(np.int64) for t in (input_ids_T, starts_R1, lookback_RB))
         self._rows_LTC = self.hash.rows(tokens, starts, lookback)
+
+    def rows_of(self, slices: Sequence[Any]) -> list[IntArray | None]:
+        """The step's rows, cut like its tokens (vLLM's UBatchSlices)."""
+        rows_LTC = self._rows_LTC
+        return [None if rows_LTC is None else rows_LTC[:, each.token_slice] for each in slices]
+
+    def use(self, rows_LTC: IntArray | None) -> None:
+        """Those of the tokens that are computed next."""
+        self._rows_LTC = rows_LTC
 
     def skip(self) -> None:
         """The coming forward pass is a dummy: the layers pass through."""

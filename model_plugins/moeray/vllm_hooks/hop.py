@@ -10,10 +10,13 @@ from dataclasses import asdict, dataclass, field
 from time import perf_counter_ns
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moeray.transport.errors import TransportError
 from moeray.transport.interface import DispatchHandle, Transport
+from moeray.transport.links import room_for
+from moeray.transport.wire import MAX_INLINE_ROWS, Geometry
 
 
 class NotConnected(TransportError):
@@ -41,9 +44,14 @@ class HopCosts:
 
 @dataclass(slots=True)
 class Hop:
-    """Dispatch and combine over the current transport."""
+    """Dispatch and combine over the current transport.
+
+    Attributes:
+        reserved: device memory for the messages, held since vLLM's profile run.
+    """
 
     costs: HopCosts = field(default_factory=HopCosts)
+    reserved: Tensor | None = None
     _transport: Transport | None = None
     _in_flight: DispatchHandle | None = None
     _dispatched_ns: int = 0
@@ -52,6 +60,17 @@ class Hop:
     def generation(self) -> int | None:
         """Generation of the current transport; None before the first connect."""
         return None if self._transport is None else self._transport.generation
+
+    def reserve(self, x_TD: Tensor, top_k: int) -> None:
+        """Hold the memory of a layer call like this one, so that vLLM counts it before it sizes the KV cache.
+
+        For as many groups as a token can go to; a transport that needs more allocates it. Only ever grows.
+        """
+        geometry = Geometry(x_TD.shape[1], top_k, x_TD.dtype, MAX_INLINE_ROWS)
+        num_bytes = room_for(geometry, len(x_TD), top_k)
+        if self.reserved is None or num_bytes > len(self.reserved):
+            self.reserved = None  # the old one first: both at once would be counted
+            self.reserved = torch.empty(num_bytes, dtype=torch.uint8, device=x_TD.device)
 
     def replace(self, transport: Transport | None) -> None:
         """Close the old transport and use this one; the costs start again.

@@ -16,7 +16,7 @@ from vllm.models.deepseek_v4 import DeepseekV4ForCausalLM as VllmDeepseekV4ForCa
 from vllm.platforms import current_platform
 
 from moeray.deepseek_v4.engram import EngramError, EngramLayout
-from moeray.vllm_hooks import cpu_kernels, cpu_routing, lookback, remote_experts  # noqa: F401  remote_experts registers itself
+from moeray.vllm_hooks import cpu_kernels, cpu_routing, lookback, micro_batches, remote_experts  # noqa: F401  remote_experts registers itself
 from moeray.vllm_hooks.engram_layer import EngramStep
 from moeray.vllm_hooks.settings import shard_settings
 
@@ -27,6 +27,7 @@ if current_platform.is_cpu():
     cpu_kernels.install()
     cpu_routing.install()
     lookback.hand_to_model()
+    micro_batches.install()
 
 
 class DeepseekV4ForCausalLM(VllmDeepseekV4ForCausalLM):  # type: ignore[misc, unused-ignore]
@@ -58,7 +59,20 @@ class DeepseekV4ForCausalLM(VllmDeepseekV4ForCausalLM):  # type: ignore[misc, un
     ) -> Any:
         if self._engram is not None:
             self._begin_engram(self._engram, input_ids, lookback_token_ids)
-        return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
+        context = get_forward_context()
+        if not micro_batches.is_cut(context):
+            return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
+        forward = super().forward
+        rows = [None, None] if self._engram is None else self._engram.rows_of(context.ubatch_slices)
+
+        def on_turn(half: int) -> None:
+            if self._engram is not None:
+                self._engram.use(rows[half])
+
+        def compute(part: Any) -> Any:
+            return forward(input_ids[part.token_slice], positions[part.token_slice])
+
+        return micro_batches.Halves(context, on_turn).run(compute)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         return super().load_weights(item for item in weights if not self.is_unused_checkpoint_weight(item[0]))
@@ -77,7 +91,12 @@ class DeepseekV4ForCausalLM(VllmDeepseekV4ForCausalLM):  # type: ignore[misc, un
         if lookback_token_ids is None:  # going on would read other rows, and answer wrongly without any error
             raise EngramError("vLLM's runner did not hand over the tokens before this step (see lookback.py)")
         first_layer: Any = self.model.layers[0]
-        starts_R1 = metadata[first_layer.attn.swa_cache_layer.prefix].query_start_loc
+        name = first_layer.attn.swa_cache_layer.prefix
+        if isinstance(metadata, list):
+            slices = get_forward_context().ubatch_slices
+            starts_R1 = micro_batches.whole_starts(slices, [half[name].query_start_loc for half in metadata])
+        else:
+            starts_R1 = metadata[name].query_start_loc
         engram.begin(input_ids, starts_R1, lookback_token_ids)
 
 

@@ -26,8 +26,15 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExperts, SharedExpertsOrder
 from vllm.model_executor.models.utils import extract_layer_index
 
-from moeray.vllm_hooks.hop import hop
+from moeray.vllm_hooks import micro_batches
+from moeray.vllm_hooks.hop import Hop, hop
 from moeray.vllm_hooks.settings import shard_settings
+
+
+def _current_hop() -> Hop:
+    """This process' one, or that of the half of a step that runs."""
+    halves = micro_batches.state.running
+    return hop if halves is None else halves.hop
 
 
 def _is_dummy_run() -> bool:
@@ -37,8 +44,11 @@ def _is_dummy_run() -> bool:
 
 @eager_break_during_capture
 def _dispatch(layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> None:
-    if not _is_dummy_run():
-        hop.dispatch(layer, x_TD.contiguous(), expert_ids_TK, weights_TK)
+    if _is_dummy_run():
+        if not x_TD.is_cpu:
+            hop.reserve(x_TD, expert_ids_TK.shape[1])
+    else:
+        _current_hop().dispatch(layer, x_TD.contiguous(), expert_ids_TK, weights_TK)
 
 
 @eager_break_during_capture
@@ -46,7 +56,7 @@ def _combine(out_TD: Tensor) -> None:
     if _is_dummy_run():
         out_TD.zero_()
     else:
-        out_TD.copy_(hop.combine())
+        out_TD.copy_(_current_hop().combine())
 
 
 class RemoteExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc, unused-ignore]
@@ -82,9 +92,21 @@ class RemoteExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc, unused-igno
         _dispatch(layer.model_layer, x, topk_ids, topk_weights)
         if shared_experts is not None:
             shared_experts(shared_experts_input, SharedExpertsOrder.MK_INTERNAL_OVERLAPPED)
+        if micro_batches.state.running is not None:
+            _let_other_half_run(micro_batches.state.running, shared_experts)
         out_TD = torch.empty_like(x)
         _combine(out_TD)
         return out_TD
+
+
+def _let_other_half_run(halves: micro_batches.Halves, shared_experts: SharedExperts | None) -> None:
+    """It computes this layer's shared expert, too: this half's result must not lie where it puts its own."""
+    if shared_experts is None:
+        halves.hand_over()
+        return
+    kept, shared_experts._output = shared_experts._output, [None] * len(shared_experts._output)
+    halves.hand_over()
+    shared_experts._output = kept
 
 
 @RoutedExperts.register_oot(name="RoutedExperts")

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moeray.config import ChannelUsers, RowFormatName
+from moeray.config import ChannelUsers, MicroBatches, RowFormatName
 
 ADDITIONAL_CONFIG_KEY = "moeray"
 BACKENDS = ("gloo", "nccl", "local")
@@ -25,6 +25,7 @@ class ShardSettings:
         timeout_s: an expert group that has not answered a layer call by then is lost.
         channel, dispatch_format: see `TransportSpec`.
         host: address this shard's end of the transport binds and connects from.
+        micro_batches: which steps are computed in two halves, see `AttentionConfig`.
     """
 
     backend: str
@@ -35,6 +36,7 @@ class ShardSettings:
     channel: ChannelUsers = "same_user"
     dispatch_format: RowFormatName = "plain"
     host: str = "127.0.0.1"
+    micro_batches: MicroBatches = "never"
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:

@@ -5,7 +5,7 @@ The names start with `moeray_` because vLLM mixes this class into its own worker
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
 
@@ -13,10 +13,12 @@ import torch
 
 from moeray.deepseek_v4 import Checkpoint, CheckpointError, RoutedExperts
 from moeray.placement import Placement
-from moeray.transport import ModelIdentity, Transport, TransportSpec, connect
+from moeray.transport import ModelIdentity, Transport, TransportError, TransportSpec, connect
+from moeray.vllm_hooks import micro_batch_choice
 from moeray.vllm_hooks.engram_layer import EngramLayer
 from moeray.vllm_hooks.hop import hop
 from moeray.vllm_hooks.loader import last_report
+from moeray.vllm_hooks.micro_batches import hop_report, second_hop
 from moeray.vllm_hooks.settings import ShardSettings, shard_settings
 
 
@@ -40,7 +42,19 @@ class WorkerExtension:
         settings = _settings(self.vllm_config)
         wanted = Placement.from_json(placement)
         hop.replace(None)
+        second_hop.replace(None)
         hop.replace(_connect(settings, self.vllm_config, wanted, addresses))
+        second = replace(settings, shard=f"{settings.shard} (second half)")
+        try:
+            micro_batch_choice.prepare(
+                self.model_runner,
+                settings.micro_batches,
+                lambda: _connect(second, self.vllm_config, wanted, addresses),
+            )
+        except TransportError:
+            hop.replace(None)
+            second_hop.replace(None)
+            raise
         return wanted.generation
 
     def moeray_tensors(self) -> dict[str, Any]:
@@ -79,8 +93,8 @@ class WorkerExtension:
         }
 
     def moeray_hop(self) -> dict[str, Any]:
-        """Costs of the hop since the last connect: see `HopCosts`, plus `generation`."""
-        return hop.report()
+        """Costs of the hop since the last connect: see `HopCosts`, plus `generation`, `stages` and `micro_batches`."""
+        return hop_report()
 
 
 def _settings(vllm_config: Any) -> ShardSettings:
@@ -102,6 +116,7 @@ def _connect(settings: ShardSettings, vllm_config: Any, placement: Placement, ad
         host=settings.host,
         channel=settings.channel,
         dispatch_format=settings.dispatch_format,
+        reserved=hop.reserved,
         device=str(vllm_config.device_config.device),
     )
     return connect(spec, placement, addresses, _local_experts(settings, vllm_config))

@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeray.transport import DispatchHandle, PeerLost, TransportError
+from moeray.placement import contiguous
+from moeray.transport import (
+    DispatchHandle,
+    GroupServer,
+    ModelIdentity,
+    PeerLost,
+    TransportError,
+    TransportSpec,
+    connect,
+)
+from moeray.transport.all_to_all import AllToAllTransport
 from moeray.vllm_hooks.hop import Hop, NotConnected
 
 
@@ -104,3 +114,25 @@ def test_costs_start_again_with_a_new_transport() -> None:
     hop.combine()
     hop.replace(Doubling())
     assert hop.report()["calls"] == 0
+
+
+def test_memory_of_the_largest_profiled_call_is_held_and_used_by_the_transport() -> None:
+    """As on a device, where vLLM sizes its KV cache by what its profile run leaves."""
+    model = ModelIdentity(fingerprint="f", hidden_size=8, top_k=2, num_experts=4, num_layers=1, dtype="bfloat16")
+    hop = Hop()
+    for num_tokens in (3, 300, 7):
+        hop.reserve(torch.zeros((num_tokens, 8), dtype=torch.bfloat16), top_k=2)
+    assert hop.reserved is not None
+    reserved = range(hop.reserved.data_ptr(), hop.reserved.data_ptr() + len(hop.reserved))
+    placement = contiguous(generation=1, num_layers=1, num_experts=4, num_groups=2)
+    servers = [GroupServer(lambda *_: torch.empty(0), model, group=group, generation=1) for group in range(2)]
+    spec = TransportSpec(
+        shard="s", backend="gloo", identity=model, max_tokens=300, channel="off", reserved=hop.reserved
+    )
+    transport = connect(spec, placement, [server.start() for server in servers])
+    assert isinstance(transport, AllToAllTransport)
+    assert transport._replies.data_ptr() in reserved
+    assert transport._replies.data_ptr() + transport._replies.nbytes - 1 in reserved
+    transport.close()
+    for server in servers:
+        server.stop()

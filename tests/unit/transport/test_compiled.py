@@ -1,0 +1,39 @@
+"""Compiled functions are kept where there is room for them, and work where there is none."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+from numba import types
+from numba.core import caching
+
+from moeray.transport import compiled as compiled_module
+from moeray.transport.compiled import compiled
+
+
+def _add_products(a: float, b: float, c: float) -> float:
+    return a * b + c
+
+
+SIGNATURE = (types.float32, types.float32, types.float32)
+
+
+def test_a_function_works_where_nothing_can_be_kept(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
+    monkeypatch.setattr(compiled_module, "SLOW_S", 0.0)
+    with caplog.at_level(logging.INFO):
+        function = compiled(_add_products, SIGNATURE)
+    assert function(2.0, 3.0, 4.0) == 10.0
+    first, last = (record.message for record in caplog.records)
+    assert first.startswith("_add_products is compiled at every start")
+    assert last.startswith("compiled _add_products in")
+
+
+def test_nothing_is_compiled_or_imported_for_it_by_importing_the_transport() -> None:
+    code = "import sys, moeray.transport, moeray.deepseek_v4; sys.exit('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
