@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -71,6 +73,42 @@ def test_a_group_sends_strangers_away_and_still_takes_its_shard() -> None:
         accepted[0].next_block(None)
     accepted[0].close()
     listener.close()
+
+
+LISTENER = """
+import sys
+from moeray.transport.channel import ChannelListener
+listener = ChannelListener("same_user")
+print(listener.name, flush=True)
+sys.stdin.read()
+"""
+
+
+@as_root
+@pytest.mark.parametrize(
+    ("namespaces", "reached"),
+    [
+        (["--mount", "--pid", "--ipc", "--uts", "--fork"], True),  # another container of the same pod
+        (["--net"], False),  # another pod
+    ],
+)
+def test_containers_of_a_pod_reach_each_other_and_other_pods_do_not(namespaces: list[str], reached: bool) -> None:
+    other = subprocess.Popen(
+        ["unshare", *namespaces, sys.executable, "-c", LISTENER],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert other.stdin is not None and other.stdout is not None and other.stderr is not None
+    name = other.stdout.readline().strip()
+    try:
+        if not name:
+            pytest.skip(f"no namespaces here: {other.stderr.read().strip()}")
+        connection = open_channel(name, "same_user")
+        assert (connection is not None) == reached
+        if connection is not None:
+            connection.close()
+    finally:
+        other.stdin.close()
+        other.wait(30)
 
 
 def test_a_listener_that_is_gone_or_elsewhere_means_no_channel() -> None:

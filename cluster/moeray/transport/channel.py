@@ -8,8 +8,8 @@ The socket's address is abstract: it exists in the network namespace and not in 
 it without a shared volume; processes that do not share it (other pods, other nodes) cannot connect and use the remote
 backend. Each end asks the kernel for the other's user (SO_PEERCRED).
 
-How a wait ends is a choice of the placement: an end with a core of its own may poll for `spin_s` before it sleeps,
-which saves the wake-up (measured: 50 -> 17 us per round trip with one end spinning); on a shared core it must not.
+How a wait ends is a choice of the placement: a shard with cores of its own may poll for `spin_s` before it sleeps,
+which saves the wake-up (measured: 50 -> 17 us per round trip with one end polling); on a shared core it must not.
 """
 
 from __future__ import annotations
@@ -110,7 +110,10 @@ class Channels:
                 left_ms = 1e3 * (deadline - now)
             else:
                 raise LinkBroken(min(pending), f"no answer within {timeout_s:g} s")
-            for descriptor, _ in self._poll.poll(left_ms):
+            events = self._poll.poll(left_ms)
+            if not events:
+                os.sched_yield()  # the relay may share this core
+            for descriptor, _ in events:
                 pending.discard(self._answer_of(self._rank_of[descriptor]))
 
     def _answer_of(self, rank: int) -> int:
