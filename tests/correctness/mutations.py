@@ -21,13 +21,18 @@ TESTS_FAILED = 1
 ROOT = Path(__file__).parents[2]
 CODE_ROOTS = ("cluster", "model_plugins", "deployments")
 EXPERTS = "model_plugins/moeray/deepseek_v4/experts.py"
+EXPERT_FORMULA = "model_plugins/moeray/deepseek_v4/expert_formula.py"
+EXPERT_KERNEL = "model_plugins/moeray/deepseek_v4/expert_kernel.py"
+EXPERT_LAYOUT = "model_plugins/moeray/deepseek_v4/expert_layout.py"
 CHECKPOINT = "model_plugins/moeray/deepseek_v4/checkpoint.py"
 FORMATS = "model_plugins/moeray/deepseek_v4/formats.py"
 ENGRAM = "model_plugins/moeray/deepseek_v4/engram.py"
 ROUTING = "model_plugins/moeray/vllm_hooks/cpu_routing.py"
 KERNELS = "model_plugins/moeray/vllm_hooks/cpu_kernels.py"
 REDUCTION = "cluster/moeray/transport/reduction.py"
+REDUCTION_KERNEL = "cluster/moeray/transport/reduction_kernel.py"
 EXPERT_TESTS = "tests/unit/deepseek_v4/test_experts.py::"
+PACKED_TESTS = "tests/unit/deepseek_v4/test_packed_experts.py::"
 ROUTING_TESTS = "tests/unit/vllm_hooks/test_cpu_routing.py::"
 REDUCTION_TESTS = "tests/unit/transport/test_reduction.py::"
 READING_TESTS = "tests/correctness/test_numpy_reading.py::"
@@ -59,6 +64,21 @@ MUTATIONS = (
         REDUCTION_TESTS + "test_it_is_the_fp32_sum_in_ascending_k",
     ),
     Mutation(
+        "rows are combined with one rounding less where a row is added", REDUCTION_KERNEL,
+        "                    for d in range(count):\n                        sums[d] += row[d] * weight\n",
+        "                    for d in range(count):\n"
+        "                        sums[d] = np.float32(np.float64(sums[d]) + np.float64(row[d]) * np.float64(weight))\n",
+        REDUCTION_TESTS + "test_combining_takes_two_roundings_per_expert_and_fuses_none",
+    ),
+    Mutation(
+        "rows are combined in descending k", REDUCTION_KERNEL,
+        "                row, weight = replies_RD[source_P[t * top_k + k], begin : begin + count], weights_TK[t, k]\n"
+        "                for d in range(count):\n",
+        "                row = replies_RD[source_P[t * top_k + top_k - 1 - k], begin : begin + count]\n"
+        "                weight = weights_TK[t, top_k - 1 - k]\n                for d in range(count):\n",
+        REDUCTION_TESTS + "test_rows_combined_where_they_lie_give_the_bits_of_the_weighted_sum",
+    ),
+    Mutation(
         "the first expert's router weight is dropped", REDUCTION,
         "rows_TKD[:, 0].float() * weights_TK[:, :1]", "rows_TKD[:, 0].float() * 1.0",
         REDUCTION_TESTS + "test_it_is_the_fp32_sum_in_ascending_k",
@@ -71,8 +91,8 @@ MUTATIONS = (
     ),
     # --- expert mathematics and formats
     Mutation(
-        "experts are swapped in pairs", EXPERTS,
-        "self._expert(layer, expert, x_nD)", "self._expert(layer, expert ^ 1, x_nD)",
+        "experts are swapped in pairs", EXPERT_LAYOUT,
+        "slots[active] = begin, slot_E[expert]", "slots[active] = begin, slot_E[expert ^ 1]",
         READING_TESTS + "test_every_expert_is_within_rounding_of_float64",
     ),
     Mutation(
@@ -81,24 +101,60 @@ MUTATIONS = (
         READING_TESTS + "test_every_expert_is_within_rounding_of_float64",
     ),
     Mutation(
-        "the swiglu limit is ignored", EXPERTS,
-        "        gate_nI.clamp_(max=self._limit)\n        up_nI.clamp_(-self._limit, self._limit)\n", "",
+        "the swiglu limit is ignored", EXPERT_KERNEL,
+        "        _, tile, limit, h = arguments\n",
+        "        _, tile, limit, h = arguments\n        limit = ir.Constant(_F32, np.inf)\n",
         EXPERT_TESTS + "test_rows_are_those_of_the_float64_formula",
     ),
     Mutation(
-        "the swiglu limit is ignored (seen in the text)", EXPERTS,
-        "        gate_nI.clamp_(max=self._limit)\n        up_nI.clamp_(-self._limit, self._limit)\n", "",
+        "the swiglu limit is ignored (seen in the text)", EXPERT_KERNEL,
+        "        _, tile, limit, h = arguments\n",
+        "        _, tile, limit, h = arguments\n        limit = ir.Constant(_F32, np.inf)\n",
         f"{PARITY}[random-short]",
     ),
     Mutation(
-        "up is clamped above only", EXPERTS,
-        "up_nI.clamp_(-self._limit, self._limit)", "up_nI.clamp_(max=self._limit)",
+        "the swiglu limit is ignored by the formula", EXPERT_FORMULA,
+        "    gate_nI.clamp_(max=limit)\n    up_nI.clamp_(-limit, limit)\n", "",
+        EXPERT_TESTS + "test_rows_are_those_of_the_float64_formula",
+    ),
+    Mutation(
+        "up is clamped above only", EXPERT_KERNEL,
+        '        up = b.select(b.fcmp_ordered("<", up, low), low, up)\n', "",
         READING_TESTS + "test_every_expert_is_within_rounding_of_float64",
     ),
     Mutation(
+        "gate and up are not rounded before the clamp", EXPERT_KERNEL,
+        "gate, up = _round_to_bf16(b, gate), _round_to_bf16(b, up)", "pass",
+        EXPERT_TESTS + "test_the_kernel_rounds_where_the_formula_does",
+    ),
+    Mutation(
+        "tiles of two tokens and more add without fusing", EXPERT_KERNEL,
+        "added = [_fma(b, column,",
+        "fma = _fma if rows < 2 else lambda b, x, y, z: b.fadd(b.fmul(x, y), z)\n    added = [fma(b, column,",
+        PACKED_TESTS + "test_bits_do_not_depend_on_batch_position_slice_or_threads",
+    ),
+    Mutation(
+        "the last column of a width that fills no block is not written", EXPERT_KERNEL,
+        'with b.if_then(b.icmp_signed(">", lanes, _index(lane))):',
+        'with b.if_then(b.icmp_signed(">", lanes, _index(lane + 1))):',
+        PACKED_TESTS + "test_every_number_is_within_the_bound_of_its_arithmetic",
+    ),
+    Mutation(
+        "rows are written in the order of experts", EXPERT_LAYOUT,
+        "order_R[next_E[expert]], row_R[next_E[expert]] = pair, row",
+        "order_R[next_E[expert]], row_R[next_E[expert]] = pair, next_E[expert]",
+        "tests/unit/deepseek_v4/test_expert_layout.py::"
+        "test_every_pair_of_an_expert_stands_under_its_slot_as_they_come",
+    ),
+    Mutation(
         "a group lets NaN pass", EXPERTS,
-        "    if bad_P.any():\n", "    if False:\n",
+        "        if result.bad_P is not None:\n", "        if False:\n",
         EXPERT_TESTS + "test_a_non_finite_row_is_an_error_that_names_its_experts",
+    ),
+    Mutation(
+        "the kernel does not see NaN", EXPERT_KERNEL,
+        "        exponent = _words(0x7F800000)\n", "        exponent = _words(0x7FC00000)\n",
+        PACKED_TESTS + "test_rows_that_are_not_finite_are_marked_and_no_others",
     ),
     Mutation(
         "a shard lets a broken group's NaN pass", REDUCTION,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moeray.deepseek_v4 import Checkpoint, CheckpointError, ExpertError, RoutedExperts
+from moeray.deepseek_v4.expert_formula import ExpertWeights
 
 Write = Callable[..., Path]
 HIDDEN, NUM_EXPERTS, LIMIT = 48, 6, 1.5
@@ -25,6 +27,10 @@ def batch(num_tokens: int, top_k: int = 3, seed: int = 0) -> tuple[Tensor, Tenso
     ids = [torch.randperm(NUM_EXPERTS, generator=generator)[:top_k] for _ in range(num_tokens)]
     ids_TK = torch.stack(ids).int() if ids else torch.empty((0, top_k), dtype=torch.int32)
     return torch.randn(num_tokens, HIDDEN, generator=generator).bfloat16(), ids_TK
+
+
+def weights_of(experts: RoutedExperts, layer: int) -> dict[int, ExpertWeights]:
+    return {expert: experts.weights(layer, expert) for expert in experts.held[layer]}
 
 
 def reference(directory: Path, layer: int, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
@@ -39,10 +45,13 @@ def reference(directory: Path, layer: int, x_TD: Tensor, ids_TK: Tensor) -> Tens
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float32, 1e-5)])
-def test_rows_are_those_of_the_float64_formula(write: Write, dtype: torch.dtype, tolerance: float) -> None:
+def test_rows_are_those_of_the_float64_formula(
+    write: Write, dtype: torch.dtype, tolerance: float, compiled: bool
+) -> None:
     directory = write()
-    experts = RoutedExperts.load(Checkpoint.open(directory), ALL, dtype=dtype)
+    experts = RoutedExperts.load(Checkpoint.open(directory), ALL, dtype=dtype, compiled=compiled)
     x_TD, ids_TK = batch(17)
     rows_PD = experts(1, x_TD.to(dtype), ids_TK)
     expected = reference(directory, 1, x_TD, ids_TK)
@@ -121,7 +130,9 @@ def test_only_the_held_experts_bytes_are_read(write: Write) -> None:
     experts = RoutedExperts.load(checkpoint, held, lambda done, total: seen.append((done, total)))
     assert torch.equal(experts(0, x_TD, ids_TK), expected)
     total = 3 * 3 * 2 * 48 * 20
-    assert experts.bytes_read == experts.weight_bytes == checkpoint.bytes_of(names) == total
+    assert experts.bytes_read == checkpoint.bytes_of(names) == total
+    padded = 3 * 2 * (2 * 32 * 48 + 64 * 20)  # widths rounded up to 16, rows of w2 to 32
+    assert experts.weight_bytes == padded
     assert seen == [(total * step // 3, total) for step in (1, 2, 3)]
     assert experts.held == {0: (1, 4), 2: (3,)}
 
@@ -135,8 +146,9 @@ def test_a_file_that_shrinks_after_opening_is_named(write: Write) -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [0, 4])
-def test_a_call_without_a_pair_is_legal(write: Write, num_tokens: int) -> None:
-    experts = RoutedExperts.load(Checkpoint.open(write()), ALL)
+@pytest.mark.parametrize("held", [ALL, {1: [0]}, {}])
+def test_a_call_without_a_pair_is_legal(write: Write, num_tokens: int, held: dict[int, list[int]]) -> None:
+    experts = RoutedExperts.load(Checkpoint.open(write()), held)
     rows_PD = experts(0, torch.ones(num_tokens, HIDDEN).bfloat16(), torch.full((num_tokens, 2), -1, dtype=torch.int32))
     assert rows_PD.shape == (0, HIDDEN)
     assert experts.tokens().sum() == 0
@@ -151,13 +163,15 @@ def test_an_expert_that_is_not_held_is_named(write: Write) -> None:
         experts(2, x_TD, torch.tensor([[0]], dtype=torch.int32))
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_non_finite_row_is_an_error_that_names_its_experts(write: Write, poison: float) -> None:
-    experts = RoutedExperts.load(Checkpoint.open(write()), ALL)
+def test_a_non_finite_row_is_an_error_that_names_its_experts(write: Write, poison: float, compiled: bool) -> None:
+    weights = weights_of(RoutedExperts.load(Checkpoint.open(write()), ALL), 1)
     x_TD, _ = batch(3)
     ids_TK = torch.tensor([[0, 1], [3, 2], [4, 5]], dtype=torch.int32)
     for expert in (2, 3):
-        experts._weights[1][expert].w2[7, 3] = poison
+        weights[expert].w2[7, 3] = poison
+    experts = RoutedExperts({1: weights}, num_layers=3, num_experts=NUM_EXPERTS, swiglu_limit=LIMIT, compiled=compiled)
     with pytest.raises(ExpertError, match=r"layer 1: experts \[2, 3\] gave NaN or Inf"):
         experts(1, x_TD, ids_TK)
 
@@ -170,10 +184,15 @@ def test_activations_that_are_not_finite_are_not_blamed_on_an_expert(write: Writ
         experts(1, x_TD, ids_TK)
 
 
-def test_large_finite_rows_are_no_error(write: Write) -> None:
-    experts = RoutedExperts.load(Checkpoint.open(write(swiglu_limit=0)), ALL, dtype=torch.float32)
-    for matrices in experts._weights[0].values():
+@pytest.mark.parametrize("compiled", [True, False])
+def test_large_finite_rows_are_no_error(write: Write, compiled: bool) -> None:
+    loaded = RoutedExperts.load(Checkpoint.open(write(swiglu_limit=0)), ALL, dtype=torch.float32)
+    weights = weights_of(loaded, 0)
+    for matrices in weights.values():
         matrices.w2.mul_(1e36)
+    experts = RoutedExperts(
+        {0: weights}, num_layers=3, num_experts=NUM_EXPERTS, swiglu_limit=math.inf, compiled=compiled
+    )
     x_TD, ids_TK = batch(30)
     rows_PD = experts(0, x_TD.float(), ids_TK)
     assert rows_PD.isfinite().all()
@@ -203,3 +222,31 @@ def test_load_counts_every_pair_once_also_from_many_threads(write: Write) -> Non
     for layer, _, ids_TK in batches:
         expected[layer] += 10 * np.bincount(ids_TK.view(-1).numpy(), minlength=NUM_EXPERTS)
     assert (experts.tokens() == expected).all()
+
+
+@pytest.mark.parametrize(("dtype", "compiled"), [(torch.bfloat16, False), (torch.float64, True)])
+def test_what_the_kernel_does_not_compute_is_the_formula_and_is_said_to_depend_on_the_batch(
+    write: Write, dtype: torch.dtype, compiled: bool
+) -> None:
+    experts = RoutedExperts.load(Checkpoint.open(write()), ALL, dtype=dtype, compiled=compiled)
+    assert (experts.kernel, experts.batch_invariant) == ("torch", False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_row_alone_has_the_bits_it_has_in_a_batch(write: Write, dtype: torch.dtype) -> None:
+    experts = RoutedExperts.load(Checkpoint.open(write()), ALL, dtype=dtype)
+    assert (experts.kernel, experts.batch_invariant) == ("moeray", True)
+    x_TD, ids_TK = batch(130)
+    together = experts(1, x_TD.to(dtype), ids_TK).view(130, 3, HIDDEN)
+    for token in (0, 1, 64, 129):
+        assert torch.equal(experts(1, x_TD[token : token + 1].to(dtype), ids_TK[token : token + 1]), together[token])
+
+
+def test_the_kernel_rounds_where_the_formula_does(write: Write) -> None:
+    """Sums in another order change a rounding now and then; a rounding less changes most numbers."""
+    x_TD, ids_TK = batch(100)
+    kernel, formula = (
+        RoutedExperts.load(Checkpoint.open(write(name=str(compiled))), ALL, compiled=compiled)(1, x_TD, ids_TK)
+        for compiled in (True, False)
+    )
+    assert (kernel == formula).float().mean() > 0.95

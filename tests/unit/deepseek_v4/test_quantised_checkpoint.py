@@ -64,7 +64,7 @@ def test_loaded_experts_are_transformers_values_bit_for_bit(published: Checkpoin
     experts = RoutedExperts.load(published, {0: (0, 9), 3: (15,)})
     for layer, expert in ((0, 0), (0, 9), (3, 15)):
         expected = reference(published, layer, expert)
-        loaded = experts._weights[layer][expert]
+        loaded = experts.weights(layer, expert)
         assert loaded.w13.dtype == loaded.w2.dtype == torch.bfloat16
         assert torch.equal(loaded.w13, torch.cat((expected["w1"], expected["w3"])))
         assert torch.equal(loaded.w2, expected["w2"])

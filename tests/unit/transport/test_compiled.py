@@ -37,3 +37,20 @@ def test_a_function_works_where_nothing_can_be_kept(
 def test_nothing_is_compiled_or_imported_for_it_by_importing_the_transport() -> None:
     code = "import sys, moeray.transport, moeray.deepseek_v4; sys.exit('numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+def test_code_that_looks_through_all_modules_is_not_tripped_up() -> None:
+    """As vLLM's CPU worker does when it starts."""
+    compiled(_add_products, SIGNATURE)
+    compiled(_add_products, SIGNATURE)
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("llvmlite", "numba", "moeray")):
+            for value in list(vars(module).values()):
+                if hasattr(value, "__dict__"):
+                    vars(value).get("kernel")
+
+
+def test_other_arguments_are_an_error_and_nothing_is_compiled_for_them() -> None:
+    function = compiled(_add_products, SIGNATURE)
+    with pytest.raises(TypeError):
+        function("a", "b", "c")
