@@ -164,8 +164,8 @@ class GroupServer:
             shard.thread.start()
 
     def _run(self, shard: ConnectedShard) -> None:
-        # OpenMP counts threads per thread: without this call, products made here use as many as there are cores, not
-        # what the process has set, and bits are equal only between equal counts.
+        # OpenMP counts threads per thread: without this call, torch's operations here use as many as there are cores,
+        # not what the process has set.
         torch.get_num_threads()
         try:
             reason = self._serve(shard)
