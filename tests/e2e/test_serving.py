@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import os
 import subprocess
 import sys
@@ -26,6 +27,41 @@ def test_status_names_every_process_of_the_default_topology(shared_cluster: Clus
     }  # fmt: skip
     assert all(process["pid"] > 0 and process["node"] and process["id"] for process in state["processes"])
     assert set(state["endpoints"]) == {"http", "grpc"}
+
+
+def test_every_thread_of_shards_and_groups_is_on_the_cores_that_status_shows(shared_cluster: Cluster) -> None:
+    available = sorted(os.sched_getaffinity(0))
+    used: list[int] = []
+    for shard in shared_cluster.processes("attention_shard"):
+        assert (len(shard["cores"]), shard["threads"]) == (1, 1)
+        assert cores_of_threads(shard["engine_pid"]) == set(shard["cores"])
+        assert cores_of_threads(shard["shard_pid"]) == {shard["relay_core"]}
+        used += shard["cores"]
+    for group in shared_cluster.processes("expert_group"):
+        assert cores_of_threads(group["pid"]) == set(group["cores"])
+        used += group["cores"]
+    assert set(used) <= set(available)
+    assert len(set(used)) == min(len(used), len(available)), "a core is shared while another one is free"
+
+
+def cores_of_threads(pid: int) -> set[int]:
+    """Every CPU that any thread of a process may run on."""
+    found: set[int] = set()
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):  # it ended
+            found |= os.sched_getaffinity(int(task.name))
+    return found
+
+
+def test_crowded_cores_are_told_by_up_and_status(shared_cluster: Cluster) -> None:
+    warnings = shared_cluster.status()["warnings"]
+    groups = shared_cluster.processes("expert_group")
+    compute = [*shared_cluster.processes("attention_shard"), *groups]
+    cores = [core for process in compute for core in process["cores"]]
+    assert bool(warnings) >= (len(set(cores)) < len(cores))
+    for text in warnings:
+        assert text in shared_cluster.up_output
+        assert f"warning: {text}" in shared_cluster.moeray("status").stdout
 
 
 def test_golden_prompts_are_answered_exactly(shared_cluster: Cluster, golden: list[dict[str, Any]]) -> None:

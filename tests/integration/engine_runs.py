@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transport_peers import Peer
 
+from moeray.config import MicroBatches
 from moeray.deepseek_v4 import Checkpoint, RoutedExperts
 from moeray.placement import Placement, contiguous
 from moeray.transport import GroupServer, ModelIdentity
@@ -141,11 +142,13 @@ class Engine:
     def scheduler(self) -> Any:
         return self.engine.engine_core.engine_core.scheduler
 
-    def connect(self, placement: Placement, addresses: list[str], shard: int = 0) -> None:
+    def connect(
+        self, placement: Placement, addresses: list[str], shard: int = 0, micro_batches: MicroBatches = "never"
+    ) -> None:
         """As the product does it; without addresses the experts are those of this process."""
         settings = ShardSettings(
             backend="gloo" if addresses else "local", checkpoint=self.checkpoint.path, shard=f"s{shard}", number=shard,
-            timeout_s=TIMEOUT_S,
+            timeout_s=TIMEOUT_S, micro_batches=micro_batches,
         )  # fmt: skip
         self.engine.vllm_config.additional_config[ADDITIONAL_CONFIG_KEY] = settings.to_json()
         self.engine.collective_rpc("moeray_connect", args=(placement.to_json(), addresses))
@@ -227,8 +230,11 @@ def _answer(output: Any) -> Answer:
 
 
 @contextlib.contextmanager
-def running_engine(checkpoint: Path) -> Iterator[Engine]:
-    """An engine in this process, with the threads that conftest.py has set."""
+def running_engine(checkpoint: Path, micro_batches: MicroBatches = "never") -> Iterator[Engine]:
+    """An engine in this process, with the threads that conftest.py has set.
+
+    Only one that was started for micro-batches can be connected with them.
+    """
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # vLLM would pin this whole process to a core
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -243,7 +249,7 @@ def running_engine(checkpoint: Path) -> Iterator[Engine]:
             "max_num_seqs": MAX_REQUESTS,
             "kv_cache_memory_bytes": 256 << 20,
         },
-        moeray=ShardSettings(backend="local", checkpoint=checkpoint),
+        moeray=ShardSettings(backend="local", checkpoint=checkpoint, micro_batches=micro_batches),
     )
     config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
     found = LLMEngine(config, Executor.get_class(config), log_stats=False, multiprocess_mode=False)

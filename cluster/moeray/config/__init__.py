@@ -9,6 +9,7 @@ from moeray.config.schema import (
     ClusterConfig,
     ExpertsConfig,
     IngressConfig,
+    MicroBatches,
     RowFormatName,
     TransportConfig,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "ConfigError",
     "ExpertsConfig",
     "IngressConfig",
+    "MicroBatches",
     "RowFormatName",
     "TransportConfig",
     "load_config",

@@ -25,6 +25,7 @@ Port = Annotated[int, Field(strict=True, ge=1, le=65535)]
 Labels = Mapping[str, str]
 ChannelUsers = Literal["same_user", "any_user", "off"]
 RowFormatName = Literal["plain", "fp8"]
+MicroBatches = Literal["measured", "never", "always"]
 
 
 @dataclass(frozen=True, config=_FROM_FILE)
@@ -34,6 +35,9 @@ class AttentionConfig:
     Attributes:
         engine_args: handed to vLLM's AsyncEngineArgs as they are.
         num_threads: compute threads of each engine on CPU. Results are bit-equal only between equal thread counts.
+        micro_batches: compute a step in two halves, so that one half's attention runs while the other's experts are
+            computed elsewhere (DeepSeek-V4 on CPU): measured tries both when a shard has connected, and cuts the
+            steps that gain. Bits of a cut and a whole step are equal where vLLM's kernels are batch-invariant.
         num_cpus, num_gpus: what each shard asks of its Ray node.
         label_selector: Ray node labels a shard's node must carry; without it, `pool=attention` where such nodes exist.
     """
@@ -41,6 +45,7 @@ class AttentionConfig:
     num_shards: Count = 2
     engine_args: dict[str, Any] = Field(default_factory=dict)
     num_threads: Count = 1
+    micro_batches: MicroBatches = "measured"
     num_cpus: Share = 0.1
     num_gpus: Share = 0
     label_selector: Labels | None = None

@@ -20,6 +20,7 @@ import threading
 import time
 
 from moeray.attention_shard.spec import Event, ShardSpec, decode_spec, encode_event
+from moeray.placement.machine import pin_process
 
 EXIT_FAILED, EXIT_LOST, EXIT_ORPHANED = 2, 3, 4
 LAST_WORDS_S = 1.0
@@ -54,8 +55,8 @@ def main() -> None:
     try:
         spec = decode_spec(spec_file.readline())
         events.shard = spec.shard
-        threading.Thread(target=_die_with_parent, args=(spec_file.fileno(),), daemon=True, name="lifeline").start()
         _take_cores(spec)
+        threading.Thread(target=_die_with_parent, args=(spec_file.fileno(),), daemon=True, name="lifeline").start()
         code = asyncio.run(_serve(spec, events))
     except Exception as error:
         logging.basicConfig()
@@ -75,7 +76,7 @@ def _die_with_parent(fd: int) -> None:
 def _take_cores(spec: ShardSpec) -> None:
     """Pin and bound the threads; must run before torch is imported, which reads the variables once."""
     if spec.cpus:
-        os.sched_setaffinity(0, spec.cpus)
+        pin_process(spec.cpus)
     if (threads := spec.num_threads or len(spec.cpus or ())) > 0:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         # vLLM's own binding leaves the main thread on every core; the affinity above is inherited by all of them.
@@ -88,6 +89,8 @@ async def _serve(spec: ShardSpec, events: Events) -> int:
     from moeray.attention_shard.service import ShardService
 
     engine = start_engine(spec, lambda stage: events.send("progress", stage))
+    if spec.relay_cpu is not None:
+        pin_process([spec.relay_cpu])  # the engine, forked by now, keeps the others
     service = ShardService(spec, engine)
     port = await service.start()
     stop = asyncio.Event()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from moeray.controller.member import ClusterMember
 from moeray.controller.settings import ControllerSettings
 from moeray.deepseek_v4.source import locate
 from moeray.membership import Role, View
-from moeray.placement.cores import cores_of
+from moeray.placement import CoreShare
 from moeray.vllm_hooks.served_model import ExpertsIn, describe_model, experts_in
 from moeray.vllm_hooks.settings import ShardSettings
 
@@ -46,7 +45,8 @@ class AttentionShard:
         self._member = ClusterMember(Role.ATTENTION_SHARD, settings)
         index = await self._member.join()
         self._member.every(REPORT_S, self._report)
-        spec, self._experts_in = _spec(config, locate(model), settings, index)
+        cores = await self._take_cores(config)
+        spec, self._experts_in = _spec(config, locate(model), settings, index, cores)
         logger.info("%s: experts are computed in the %s", spec.shard, self._experts_in)
         self._child = await ShardProcess.start(spec, self._set_stage)
         self._channel = grpc.aio.insecure_channel(self._child.address, options=wire.CHANNEL_OPTIONS)
@@ -69,6 +69,12 @@ class AttentionShard:
         await self._member.leave()
         if self._child is not None:
             await self._child.stop()
+
+    async def _take_cores(self, config: ClusterConfig) -> CoreShare | None:
+        """Those of the shard process; this one goes where its relay is. None where nothing is pinned."""
+        if config.attention.num_gpus or not config.pin_cores:
+            return None
+        return await self._member.take_cores(config.attention.shard_threads, config.num_threads, has_relay=True)
 
     def _set_stage(self, stage: str) -> None:
         self._stage = stage
@@ -134,6 +140,7 @@ class AttentionShard:
             "waiting": info.num_waiting,
             "hop": info.hop,
             "weights": self._weights,
+            **self._member.cores(),
         }
 
 
@@ -149,12 +156,10 @@ def _summary(tensors: dict[str, Any]) -> dict[str, int]:
 
 
 def _spec(
-    config: ClusterConfig, directory: Path, settings: ControllerSettings, index: int
+    config: ClusterConfig, directory: Path, settings: ControllerSettings, index: int, cores: CoreShare | None
 ) -> tuple[ShardSpec, ExpertsIn]:
     """What this replica's shard process is told, and where its experts are."""
     place = experts_in(config, describe_model(directory))
-    num_processes = config.attention.num_shards + settings.num_groups
-    on_gpu = config.attention.num_gpus > 0
     host = ray.util.get_node_ip_address()
     shard = ShardSettings(
         shard=f"shard-{index}",
@@ -162,13 +167,17 @@ def _spec(
         backend=config.backend,
         checkpoint=directory,
         timeout_s=config.transport.timeout_s,
+        channel=config.transport.channel,
+        dispatch_format=config.transport.dispatch_format,
         host=host,
+        micro_batches=config.attention.micro_batches,
     )
     spec = ShardSpec(
         shard=shard.shard,
         host=host,
         num_threads=config.attention.num_threads,
-        cpus=None if on_gpu else cores_of(index, num_processes, sorted(os.sched_getaffinity(0))),
+        cpus=cores.cores if cores else None,
+        relay_cpu=cores.relay.number if cores else None,
         engine={
             "model": str(directory),
             "model_name": settings.model,

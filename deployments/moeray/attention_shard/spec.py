@@ -16,7 +16,8 @@ class ShardSpec:
         shard: id of the shard, in every log line and error.
         engine: keyword arguments of `moeray.vllm_hooks.engine_args.shard_engine_args`.
         host, port: where the relay listens; port 0 takes a free one.
-        cpus: cores the process and its EngineCore are pinned to; None leaves them where the parent was.
+        cpus: cores EngineCore is pinned to, and this process until it is loaded; None leaves both where the parent was.
+        relay_cpu: core this process is pinned to from then on.
         num_threads: OpenMP threads of the engine; None is one per pinned core.
         wait_for_connect: refuse ingresses until the expert groups' addresses have come through `Connect`.
         drain_s: how long SIGTERM lets requests in flight go on.
@@ -27,6 +28,7 @@ class ShardSpec:
     host: str = "127.0.0.1"
     port: int = 0
     cpus: list[int] | None = None
+    relay_cpu: int | None = None
     num_threads: int | None = None
     wait_for_connect: bool = True
     drain_s: float = 30.0

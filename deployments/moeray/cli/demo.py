@@ -38,12 +38,13 @@ def _demo(config: ClusterConfig, file: Path | None) -> int:
     print("starting 1 ingress, 2 attention shards, 2 expert groups on embedded Ray (loopback only; no TLS, no API keys)"
           if file is None else f"starting the cluster of {file}", flush=True)  # fmt: skip
     with running(config, START_S) as cluster:
+        time.sleep(REPORT_WAIT_S)
         before = cluster_state()
         print(f"\n{render(before)}\n")
         _ask("gRPC", OVER_GRPC, ask_grpc(cluster.grpc, OVER_GRPC))
         _ask("HTTP", OVER_HTTP, ask_http(cluster.http, OVER_HTTP))
         time.sleep(REPORT_WAIT_S)
-        _print_work(cluster_state())
+        _print_work(before, cluster_state())
     print("stopped")
     return 0
 
@@ -62,14 +63,16 @@ def _ask(protocol: str, question: str, pieces: Iterator[str]) -> None:
     print(f"\n       first token after {first_ms:.0f} ms, then {each_ms:.1f} ms per token ({len(arrivals)} pieces)\n")
 
 
-def _print_work(state: dict[str, Any]) -> None:
+def _print_work(before: dict[str, Any], state: dict[str, Any]) -> None:
+    """What the two answers took; what shards sent to measure themselves when they connected is left out."""
     groups = [process for process in state["processes"] if process["role"] == "expert_group"]
-    total = sum(group["experts"]["routed_tokens"] for group in groups) or 1
+    known = {process["id"]: process.get("experts", {}).get("routed_tokens", 0) for process in before["processes"]}
+    routed = {group["id"]: group["experts"]["routed_tokens"] - known.get(group["id"], 0) for group in groups}
+    total = sum(routed.values()) or 1
     print("routed tokens per expert group (a token counts once per expert it visits, per layer):")
     for group in groups:
-        experts = group["experts"]
-        share = experts["routed_tokens"] / total
-        print(f"  group {group['index']}: {experts['routed_tokens']:7d}  {'#' * round(40 * share)} {share:.0%}")
+        share = routed[group["id"]] / total
+        print(f"  group {group['index']}: {routed[group['id']]:7d}  {'#' * round(40 * share)} {share:.0%}")
     for shard in (process for process in state["processes"] if process["role"] == "attention_shard"):
         if (hop := shard.get("hop")) and hop["calls"]:
             print(f"  shard {shard['index']}: {hop['calls']} layer calls over the hop, {us_per_call(hop):.0f} us each")

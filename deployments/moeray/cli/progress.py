@@ -25,6 +25,8 @@ def wait_until_ready(config: ClusterConfig, timeout_s: float) -> dict[str, str]:
         for line in _news(state, shown):
             print(f"[{elapsed_s:5.1f} s] {line}", flush=True)
         if _is_ready(config, state):
+            for text in state["warnings"]:
+                print(f"warning: {text}", flush=True)
             endpoints: dict[str, str] = state["endpoints"]
             return endpoints
         _raise_if_failed()
@@ -42,7 +44,14 @@ def _state() -> dict[str, Any]:
     try:
         return cluster_state()
     except CommandError:
-        return {"processes": [], "endpoints": {}, "is_complete": False, "generation": 0, "mismatches": []}
+        return {
+            "processes": [],
+            "endpoints": {},
+            "is_complete": False,
+            "generation": 0,
+            "mismatches": [],
+            "warnings": [],
+        }
 
 
 def _news(state: dict[str, Any], shown: dict[str, str]) -> list[str]:

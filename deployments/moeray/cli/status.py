@@ -7,7 +7,7 @@ from typing import Any
 
 from moeray.cli.connection import cluster_state, ray_connection
 
-COLUMNS = ("role", "id", "pid", "node", "state", "work")
+COLUMNS = ("role", "id", "pid", "node", "state", "cores", "work")
 
 
 def status(*, as_json: bool) -> int:
@@ -28,6 +28,7 @@ def render(state: dict[str, Any]) -> str:
     table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     head = f"model {state['model']}   generation {state['generation']}{complete}"
     odd = [f"not the same model: {difference}" for difference in state["mismatches"]]
+    odd += [f"warning: {text}" for text in state["warnings"]]
     return "\n".join([head, *odd, f"HTTP  {endpoints['http']}", f"gRPC  {endpoints['grpc']}", "", *table])
 
 
@@ -38,8 +39,19 @@ def _row(process: dict[str, Any]) -> tuple[str, ...]:
         str(process["pid"]),
         str(process["node"])[:8],
         str(process["state"]) + (f" ({process['reason']})" if process.get("reason") else ""),
+        _cores(process),
         _work(process),
     )
+
+
+def _cores(process: dict[str, Any]) -> str:
+    """Where its compute threads are pinned, and its relay if that is elsewhere."""
+    if not (cores := process.get("cores")):
+        return ""
+    relay = process.get("relay_core")
+    beside = f" relay {relay}" if relay is not None and relay not in cores else ""
+    numa_node = process["numa_node"]
+    return f"{','.join(map(str, cores))}{beside} (numa {'several' if numa_node is None else numa_node})"
 
 
 def _work(process: dict[str, Any]) -> str:
@@ -48,8 +60,20 @@ def _work(process: dict[str, Any]) -> str:
         held = f"{experts['num_experts']} experts{copies} x {experts['num_layers']} layers"
         return f"{held}, {experts['routed_tokens']} routed tokens"
     if hop := process.get("hop"):
-        return f"{hop['calls']} layer calls, {us_per_call(hop):.0f} us each" + _not_split(process)
+        return f"{hop['calls']} layer calls, {us_per_call(hop):.0f} us each" + _halves(hop) + _not_split(process)
     return _not_split(process).removeprefix(", ")
+
+
+def _halves(hop: dict[str, Any]) -> str:
+    """Which steps are computed in halves, and what that was measured to save."""
+    plan = hop.get("micro_batches") or {}
+    tried = ", ".join(
+        f"{m['tokens']}: {m['whole_ms']:.0f} -> {m['halves_ms']:.0f} ms" for m in plan.get("measured", ())
+    )
+    detail = f" ({tried})" if tried else ""
+    if plan.get("from_tokens") is not None:
+        return f", steps of {plan['from_tokens']}+ tokens in halves{detail}"
+    return f", no step in halves{detail}" if tried else ""
 
 
 def _not_split(process: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ import ray
 from moeray.controller.lease import LeaseServer
 from moeray.controller.settings import CONTROLLER_NAME, NAMESPACE, ControllerSettings
 from moeray.membership import Membership, MemberState, Role, View
-from moeray.placement import Placement
+from moeray.placement import CoreShare, Machine, Placement, Wanted, crowded, take_cores
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,8 @@ class Controller:
         self._state = Membership.start(settings.num_groups, epoch=secrets.randbits(62) + 1)
         self._changed = asyncio.Event()
         self._reports: dict[str, dict[str, Any]] = {}
+        self._cores: dict[str, CoreShare] = {}
+        self._crowding: list[str] = []
         self._leases = LeaseServer(self._lost, silence_s=settings.silence_s)
         self._lease_address: asyncio.Task[str] | None = None
 
@@ -52,6 +54,21 @@ class Controller:
             "lease_address": lease_address,
             "beat_s": self._settings.beat_s,
         }
+
+    async def take_cores(self, id: str, machine: Machine, wanted: Wanted) -> CoreShare:
+        """Cores for a member's compute threads, beside those of the living members on its machine."""
+        others = [share for other, share in self._cores.items() if other != id]
+        share = take_cores(machine, wanted, others)
+        await self.keep_cores(id, share)
+        return share
+
+    async def keep_cores(self, id: str, share: CoreShare) -> None:
+        """A member has these cores: it was given them now, or by this controller's predecessor."""
+        if id not in self._state.members:
+            return
+        self._cores[id] = share
+        logger.info("%s runs on cores %s", share.name, share.cores)
+        self._warn_of_crowding()
 
     async def identify(self, id: str, identity: dict[str, Any]) -> None:
         """A member has loaded its part of this model, see Membership.identify."""
@@ -101,6 +118,7 @@ class Controller:
             "is_complete": self._state.is_complete,
             "endpoints": self._endpoints(),
             "mismatches": list(mismatches.values()),
+            "warnings": self._crowding,
             "processes": [
                 {"role": Role.CONTROLLER, "id": CONTROLLER_NAME, "pid": os.getpid(), "node": _node_id(),
                  "state": MemberState.READY},
@@ -115,6 +133,20 @@ class Controller:
                 ),
             ],
         }  # fmt: skip
+
+    def _free_cores(self) -> None:
+        """Those of members that are gone."""
+        members = self._state.members
+        kept = {id: share for id, share in self._cores.items() if id in members and members[id].is_alive}
+        if len(kept) < len(self._cores):
+            self._cores = kept
+            self._warn_of_crowding()
+
+    def _warn_of_crowding(self) -> None:
+        before, self._crowding = self._crowding, crowded(self._cores.values())
+        for text in self._crowding:
+            if text not in before:
+                logger.warning("%s", text)
 
     def _placement(self) -> Placement:
         return self._settings.placement(self._state.generation)
@@ -143,6 +175,7 @@ class Controller:
             )
         if self._state.version != before.version:
             self._reports = {id: report for id, report in self._reports.items() if id in self._state.members}
+            self._free_cores()
             self._changed.set()
             self._changed = asyncio.Event()
 

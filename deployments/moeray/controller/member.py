@@ -16,6 +16,8 @@ from moeray.controller.actor import controller
 from moeray.controller.lease import Lease
 from moeray.controller.settings import ControllerSettings
 from moeray.membership import MembershipError, Role, View
+from moeray.placement import CoreShare, Wanted
+from moeray.placement.machine import pin_process, this_machine
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ class ClusterMember:
         self._address = ""
         self._identity: dict[str, Any] | None = None
         self._report: dict[str, Any] = {}
+        self._cores: CoreShare | None = None
         self.generation = 0  # of an expert group: the newest one it is part of
         self.id = serve.get_replica_context().replica_id.unique_id
         self.index: int | None = None
@@ -50,6 +53,30 @@ class ClusterMember:
         index = await self._join()
         self._tasks.append(asyncio.create_task(self._keep_joined()))
         return index
+
+    async def take_cores(self, num_threads: int, cluster_threads: int, *, has_relay: bool = False) -> CoreShare:
+        """Get cores from the controller and keep every thread of this process on them; after `join`, once.
+
+        Args:
+            num_threads, cluster_threads, has_relay: see `Wanted`.
+        """
+        wanted = Wanted(
+            name=f"{self._role.replace('_', ' ')} {self.index}", kind=self._role,
+            node=ray.get_runtime_context().get_node_id(), num_threads=num_threads, has_relay=has_relay,
+            cluster_threads=cluster_threads,
+        )  # fmt: skip
+        share: CoreShare = await self._controller.take_cores.remote(self.id, this_machine(), wanted)
+        pin_process([*share.cores, share.relay.number])
+        self._cores = share
+        return share
+
+    def cores(self) -> dict[str, Any]:
+        """What `moeray status` shows of them."""
+        share = self._cores
+        if share is None:
+            return {}
+        relay = {"relay_core": share.relay.number} if share.kind == Role.ATTENTION_SHARD else {}
+        return {"cores": share.cores, "numa_node": share.numa_node, "threads": share.num_threads, **relay}
 
     async def identify(self, identity: dict[str, Any]) -> None:
         """Tell which model this process has loaded; before `ready`, and for a shard before a generation can form.
@@ -125,6 +152,8 @@ class ClusterMember:
                 await self._join()
                 if self._report:
                     await self.report(self._report)
+                if self._cores is not None:
+                    await self._controller.keep_cores.remote(self.id, self._cores)
                 if self._identity is not None:
                     await self.identify(self._identity)
                 if self._address:

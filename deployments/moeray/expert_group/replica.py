@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,6 @@ from moeray.config import ClusterConfig
 from moeray.controller.member import ClusterMember
 from moeray.controller.settings import ControllerSettings
 from moeray.membership import Role, View
-from moeray.placement.cores import cores_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -44,6 +42,8 @@ class ExpertGroup:
         self._member = ClusterMember(Role.EXPERT_GROUP, settings)
         self._group = await self._member.join()
         self._member.every(REPORT_S, self._report)
+        if config.pin_cores and not config.experts.num_gpus:
+            await self._member.take_cores(config.experts.num_threads, config.num_threads)
         identity = await asyncio.to_thread(self._load, config, model, settings)
         await self._member.identify(asdict(identity))
         await self._member.ready(self._address)
@@ -60,8 +60,6 @@ class ExpertGroup:
     def _load(self, config: ClusterConfig, model: str, settings: ControllerSettings) -> ModelIdentity:
         """Read this group's experts and listen. Blocks; the imports alone take seconds."""
         on_gpu = config.experts.num_gpus > 0
-        if not on_gpu:
-            _take_cores(config, self._group)
         import torch
 
         from moeray.deepseek_v4 import Checkpoint
@@ -82,7 +80,8 @@ class ExpertGroup:
         )  # fmt: skip
         self._server = GroupServer(
             self._experts, identity, group=self._group, generation=0, host=ray.util.get_node_ip_address(),
-            backend=config.transport.backend, device=str(device),
+            backend=config.transport.backend, device=str(device), channel=config.transport.channel,
+            merge_calls=self._experts.batch_invariant,
         )  # fmt: skip
         self._address = self._server.start()
         return identity
@@ -109,8 +108,10 @@ class ExpertGroup:
                 "held": held,
                 "bytes": self._experts.bytes_read,
                 "routed_tokens": int(tokens.sum()),
+                "calls_per_batch": round(self._server.calls_per_batch, 2) if self._server else 1.0,
                 "tokens_per_layer": {layer: tokens[layer].tolist() for layer in held},
-            }
+            },
+            **self._member.cores(),
         }
 
 
@@ -125,10 +126,3 @@ def _load_experts(
     from moeray.vllm_hooks.kernel_experts import KernelExperts
 
     return KernelExperts.load(checkpoint, held, on_progress, device=device)
-
-
-def _take_cores(config: ClusterConfig, group: int) -> None:
-    """This group's share of the cores, for this thread and those it starts."""
-    num_shards = config.attention.num_shards
-    cores = cores_of(num_shards + group, num_shards + config.experts.num_groups, sorted(os.sched_getaffinity(0)))
-    os.sched_setaffinity(0, cores)

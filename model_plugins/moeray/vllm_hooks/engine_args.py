@@ -99,8 +99,6 @@ _ONLY_OF_SHARDS = (
     "all2all_backend",
     "expert_placement_strategy",
 )
-CUT_ARCHITECTURES = ("DeepseekV4ForCausalLM",)
-"""Whose `forward` can compute a step in two halves (model.py)."""
 TOOL_PARSER = "tool_call_parser"
 """Of `vllm serve` and not of its engine, but chosen together with `reasoning_parser`; only the front reads it."""
 
@@ -135,18 +133,8 @@ def shard_engine_args(
         "distributed_executor_backend": EXECUTOR,
         "additional_config": {ADDITIONAL_CONFIG_KEY: settings.to_json()},
     }
-    if _may_cut_steps(settings, described.architecture):
-        ours["ubatch_size"] = 2  # attention metadata for two halves of a step (micro_batches.py)
     place = ExpertsIn.SHARD if settings.backend == "local" else ExpertsIn.GROUPS
     return _build(described, model_name, engine_args, place, ours)
-
-
-def _may_cut_steps(settings: ShardSettings, architecture: str) -> bool:
-    """Whether this shard may compute steps in halves; where its experts are its own there is nothing to gain."""
-    from vllm.platforms import current_platform
-
-    wanted = settings.micro_batches == "always" or (settings.micro_batches == "measured" and settings.backend == "gloo")
-    return wanted and architecture in CUT_ARCHITECTURES and current_platform.is_cpu()
 
 
 def front_engine_args(

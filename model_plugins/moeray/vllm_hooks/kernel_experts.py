@@ -149,7 +149,7 @@ class KernelExperts:
         """Compare one expert of every layer with the formula, on inputs large enough to be clamped."""
         dtype, generator = activation_dtype(checkpoint), torch.Generator().manual_seed(0)
         for layer, experts in self._held.items():
-            exact = RoutedExperts.load(checkpoint, {layer: experts[:1]}, dtype=torch.float32)
+            exact = RoutedExperts.load(checkpoint, {layer: experts[:1]}, dtype=torch.float32, compiled=False)
             x_PD = torch.randn(CHECK_ROWS, checkpoint.shape.hidden_size, generator=generator)
             spread = exact.pre_activations(layer, experts[0], x_PD).std()
             x_PD = (x_PD * (3 * min(checkpoint.shape.swiglu_limit, 10.0) / spread)).to(dtype)

@@ -1,8 +1,9 @@
 """Whether cutting a step in halves pays on this shard, measured once after it has connected.
 
 A cut step does everything twice on half as many tokens: it pays where the experts' time that the other half's attention
-hides is more than that costs. Both are known only by trying, with this model, these groups and these cores. The steps that are
-tried are vLLM's own dummy runs with attention, over random tokens and empty KV blocks, that do reach the expert groups.
+hides is more than that costs. Both are known only by trying, with this model, these groups and these cores. The steps
+that are tried are vLLM's own dummy runs with attention, over random tokens and empty KV blocks; they do reach the
+expert groups, and are counted there.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ from moeray.config import MicroBatches
 from moeray.transport import Transport
 from moeray.vllm_hooks.hop import HopCosts, hop
 from moeray.vllm_hooks.lookback import KEYWORD
-from moeray.vllm_hooks.micro_batches import MIN_TOKENS, Measured, Plan, second_hop, state
+from moeray.vllm_hooks.micro_batches import (
+    MIN_TOKENS,
+    Measured,
+    Plan,
+    makes_metadata_for_halves,
+    second_hop,
+    state,
+)
 
 MIN_MEASURED_TOKENS = 16
 NUM_PAIRS = 3
@@ -33,26 +41,28 @@ logger = logging.getLogger(__name__)
 def prepare(runner: Any, how: MicroBatches, connect_second: Callable[[], Transport]) -> None:
     """After the first hop has connected: decide which steps are cut, and connect the second hop if any are.
 
+    Measured is once, before the first request: later the blocks that a dummy run reads are not empty.
+
     Raises:
         TransportError: a group was lost, or refused the second connection.
     """
     second_hop.replace(None)
     state.plan = Plan()
-    if how == "never" or not runner.parallel_config.use_ubatching:
+    if how == "never" or not makes_metadata_for_halves(runner):
         return
     if how == "always":
         second_hop.replace(connect_second())
         state.plan = Plan(MIN_TOKENS)
         return
-    if state.chosen is None:
+    if state.chosen is None and not runner.requests:
         second_hop.replace(connect_second())
         state.chosen = choose(runner)
         hop.costs, second_hop.costs = HopCosts(), HopCosts()
         if state.chosen.from_tokens is None:
             second_hop.replace(None)
-    elif state.chosen.from_tokens is not None:
+    elif state.chosen is not None and state.chosen.from_tokens is not None:
         second_hop.replace(connect_second())
-    state.plan = state.chosen
+    state.plan = state.chosen or Plan()
 
 
 def choose(runner: Any) -> Plan:

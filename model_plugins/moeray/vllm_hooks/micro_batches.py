@@ -2,7 +2,7 @@
 
 vLLM's runner can cut a step's tokens in two and make attention metadata for each half; on GPUs it then runs both over
 streams. Here two threads take turns: exactly one runs at any time, and they change over where a half would begin to
-wait for its expert groups. The first half is always ahead in every layer, so a request may be cut, too: its later tokens find
+wait for its expert groups. The first half is ahead in every layer, so a request may be cut, too: its later tokens find
 the keys and values of the earlier ones, as after a chunk of their own. (A request that reuses blocks which a later one
 of the same step still has to write is noticed by vLLM, and that step stays whole.)
 
@@ -13,8 +13,9 @@ made by measurement (micro_batch_choice.py). On CPU only.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from threading import Lock
@@ -23,10 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm import forward_context
+from vllm.platforms import current_platform
 
 from moeray.vllm_hooks.hop import Hop, hop
+from moeray.vllm_hooks.settings import shard_settings
 
 MIN_TOKENS = 2
+CUT_ARCHITECTURE = "DeepseekV4ForCausalLM"
+"""Whose `forward` computes halves (model.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,12 +215,44 @@ def whole_starts(slices: Sequence[Any], starts: Sequence[Tensor]) -> Tensor:
     return torch.cat((first[:-1] if is_inside_request else first, second[1:] + slices[0].num_tokens))
 
 
+def may_cut(vllm_config: Any) -> bool:
+    """Whether this shard's settings may ask for halves. Where its experts are its own there is nothing to gain."""
+    settings = shard_settings(vllm_config)
+    if settings is None or not current_platform.is_cpu():
+        return False
+    if CUT_ARCHITECTURE not in vllm_config.model_config.hf_config.architectures:
+        return False
+    return settings.micro_batches == "always" or (settings.micro_batches == "measured" and settings.backend != "local")
+
+
+def makes_metadata_for_halves(runner: Any) -> bool:
+    """Whether vLLM's runner was built with `may_cut`."""
+    return all(len(group.metadata_builders) > 1 for groups in runner.attn_groups for group in groups)
+
+
+@contextmanager
+def _two_halves(parallel_config: Any, wanted: bool) -> Iterator[None]:
+    """vLLM's own setting, for the length of one call.
+
+    Not for good: vLLM checks its configuration more than once, and wants the all-to-all kernels for it that its own
+    halves need on a GPU.
+    """
+    before = parallel_config.ubatch_size
+    parallel_config.ubatch_size = 2 if wanted else before
+    try:
+        yield
+    finally:
+        parallel_config.ubatch_size = before
+
+
 def install() -> None:
     """Let vLLM's CPU runner cut steps as `state.plan` says; idempotent."""
     from vllm.v1.worker import gpu_model_runner
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+    runner_module: Any = gpu_model_runner
     decide = CPUModelRunner._determine_batch_execution_and_padding
+    build, allow = CPUModelRunner.initialize_metadata_builders, CPUModelRunner._allow_microbatching
     if getattr(decide, "cuts_steps", False):
         return
 
@@ -225,13 +262,27 @@ def install() -> None:
             is_cut = True
         return (mode, batch, is_cut, *rest)
 
+    def initialize_metadata_builders(runner: Any, *args: Any, **kwargs: Any) -> None:
+        """With builders for both halves."""
+        with _two_halves(runner.parallel_config, may_cut(runner.vllm_config)):
+            build(runner, *args, **kwargs)
+
+    def _allow_microbatching(runner: Any, *args: Any) -> bool:
+        with _two_halves(runner.parallel_config, state.plan.from_tokens is not None):
+            return bool(allow(runner, *args))
+
     _determine_batch_execution_and_padding.cuts_steps = True  # type: ignore[attr-defined, unused-ignore]
-    CPUModelRunner._determine_batch_execution_and_padding = _determine_batch_execution_and_padding  # type: ignore[method-assign, assignment, unused-ignore]
-    split = gpu_model_runner.split_attn_metadata
+    for hook in (_determine_batch_execution_and_padding, initialize_metadata_builders, _allow_microbatching):
+        setattr(CPUModelRunner, hook.__name__, hook)
+    split, slices_of = runner_module.split_attn_metadata, runner_module.maybe_create_ubatch_slices
+
+    def maybe_create_ubatch_slices(is_cut: bool, tokens: Any, num_tokens: int, num_reqs: int, count: int) -> Any:
+        """vLLM's own, for two halves, whatever its configuration says."""
+        return slices_of(is_cut, tokens, num_tokens, num_reqs, max(count, 2))
 
     def split_attn_metadata(slices: list[Any], common: Any) -> list[Any]:
         """vLLM's own leaves out two fields, one of which V4's builders read."""
-        halves = split(slices, common)
+        halves: list[Any] = split(slices, common)
         for each, half in zip(slices, halves, strict=True):
             if common.positions is not None:
                 half.positions = common.positions[each.token_slice]
@@ -239,7 +290,8 @@ def install() -> None:
                 half.is_prefilling = common.is_prefilling[each.request_slice]
         return halves
 
-    gpu_model_runner.split_attn_metadata = split_attn_metadata  # type: ignore[assignment, unused-ignore]
+    runner_module.split_attn_metadata = split_attn_metadata
+    runner_module.maybe_create_ubatch_slices = maybe_create_ubatch_slices
 
 
 state = State()

@@ -59,7 +59,7 @@ class DeepseekV4ForCausalLM(VllmDeepseekV4ForCausalLM):  # type: ignore[misc, un
     ) -> Any:
         if self._engram is not None:
             self._begin_engram(self._engram, input_ids, lookback_token_ids)
-        context = get_forward_context()
+        context: Any = get_forward_context()
         if not micro_batches.is_cut(context):
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
         forward = super().forward
@@ -93,8 +93,10 @@ class DeepseekV4ForCausalLM(VllmDeepseekV4ForCausalLM):  # type: ignore[misc, un
         first_layer: Any = self.model.layers[0]
         name = first_layer.attn.swa_cache_layer.prefix
         if isinstance(metadata, list):
-            slices = get_forward_context().ubatch_slices
-            starts_R1 = micro_batches.whole_starts(slices, [half[name].query_start_loc for half in metadata])
+            context: Any = get_forward_context()
+            starts_R1 = micro_batches.whole_starts(
+                context.ubatch_slices, [half[name].query_start_loc for half in metadata]
+            )
         else:
             starts_R1 = metadata[name].query_start_loc
         engram.begin(input_ids, starts_R1, lookback_token_ids)

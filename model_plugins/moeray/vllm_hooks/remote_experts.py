@@ -92,10 +92,15 @@ class RemoteExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc, unused-igno
         _dispatch(layer.model_layer, x, topk_ids, topk_weights)
         if shared_experts is not None:
             shared_experts(shared_experts_input, SharedExpertsOrder.MK_INTERNAL_OVERLAPPED)
-        if micro_batches.state.running is not None:
-            _let_other_half_run(micro_batches.state.running, shared_experts)
         out_TD = torch.empty_like(x)
-        _combine(out_TD)
+        try:
+            if micro_batches.state.running is not None:
+                _let_other_half_run(micro_batches.state.running, shared_experts)
+            _combine(out_TD)
+        except BaseException:
+            if shared_experts is not None:  # or the next call of this layer would find a result that nobody took
+                shared_experts._output = [None] * len(shared_experts._output)
+            raise
         return out_TD
 
 

@@ -65,3 +65,17 @@ def test_bad_yaml_names_file_and_place(tmp_path: Path, text: str, message: str) 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nothing\.yaml: cannot be read: No such file"):
         load_config(tmp_path / "nothing.yaml")
+
+
+@pytest.mark.parametrize(
+    ("data", "threads"),
+    [
+        ({}, 2 * (1 + 1) + 2 * 1),
+        ({"attention": {"num_shards": 3, "num_threads": 4}, "experts": {"num_threads": 2}}, 3 * 5 + 2 * 2),
+        ({"attention": {"num_gpus": 1}}, 2),
+        ({"experts": {"num_groups": 0}, "attention": {"engine_args": {"tensor_parallel_size": 2}}}, 2 * (2 + 1)),
+        ({"transport": {"backend": "local"}}, 2 * (1 + 1)),
+    ],
+)
+def test_threads_that_need_a_core_are_counted_over_both_pools(data: dict[str, object], threads: int) -> None:
+    assert parse_config(data).num_threads == threads

@@ -15,6 +15,7 @@ from moeray.controller import actor
 from moeray.controller.actor import Controller
 from moeray.controller.lease import Lease
 from moeray.controller.settings import ControllerSettings
+from moeray.placement import Cpu, Machine, Wanted
 
 ONE = {"fingerprint": "abc", "moeray_version": "1"}
 OTHER = {"fingerprint": "def", "moeray_version": "1"}
@@ -87,3 +88,30 @@ async def test_watchers_are_told_when_the_odd_one_is_gone_and_the_generation_for
     assert (view.generation, view.is_complete, dict(view.mismatches)) == (1, True, {})
     placement = await cluster.controller.placement()
     assert (placement["generation"], sum(placement["slots_per_group"])) == (1, 8 + 3)
+
+
+async def test_members_that_share_a_core_are_shown_until_one_of_them_is_gone(cluster: Cluster) -> None:
+    machine = Machine("m", (Cpu(0, 0), Cpu(1, 1)))
+    shares = []
+    for index, id in enumerate(("s0", "g0", "g1")):
+        await cluster.join("attention_shard" if index == 0 else "expert_group", id)
+        wanted = Wanted(id, id[0], "node", 1)
+        shares.append(await cluster.controller.take_cores(id, machine, wanted))
+    assert [share.cores for share in shares] == [[0], [1], [0]]
+    state = await cluster.controller.state()
+    assert "core 0: s0, g1" in state["warnings"][0]
+    assert f"warning: {state['warnings'][0]}" in render(state)
+    await cluster.controller.lose("g1", "killed")
+    assert (await cluster.controller.state())["warnings"] == []
+
+
+async def test_a_restarted_controller_leaves_the_members_their_cores(cluster: Cluster) -> None:
+    machine = Machine("m", (Cpu(0, 0), Cpu(1, 1)))
+    await cluster.join("attention_shard", "s0")
+    had = await cluster.controller.take_cores("s0", machine, Wanted("s0", "s", "node", 1))
+    successor = Controller(SETTINGS)
+    await successor.join("attention_shard", "s0", pid=0, node="n", index=0)
+    await successor.keep_cores("s0", had)
+    await successor.join("expert_group", "g0", pid=1, node="n")
+    assert (await successor.take_cores("g0", machine, Wanted("g0", "g", "node", 1))).cores == [1]
+    await successor._leases.close()

@@ -1,0 +1,46 @@
+"""`moeray status` shows where compute threads are, what shares a core, and which steps are cut in halves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moeray.cli.status import render
+
+HOP = {"calls": 10, "dispatch_us": 500.0, "overlap_us": 300.0, "combine_us": 200.0}
+
+
+def state(*processes: dict[str, Any], warnings: list[str] | None = None) -> dict[str, Any]:
+    common = {"id": "x", "pid": 1, "node": "n" * 56, "state": "ready"}
+    return {
+        "model": "m", "generation": 1, "is_complete": True, "endpoints": None, "mismatches": [],
+        "warnings": warnings or [], "processes": [common | each for each in processes],
+    }  # fmt: skip
+
+
+def row(process: dict[str, Any]) -> str:
+    return render(state(process)).splitlines()[-1]
+
+
+def test_cores_relay_and_numa_node_are_shown() -> None:
+    place = {"cores": [2, 3], "numa_node": 1, "threads": 2}
+    assert "2,3 (numa 1)" in row({"role": "expert_group", **place})
+    assert "2,3 relay 7 (numa 1)" in row({"role": "attention_shard", "relay_core": 7, **place})
+    assert "2,3 (numa 1)" in row({"role": "attention_shard", "relay_core": 2, **place})
+    assert "(numa several)" in row({"role": "expert_group", **place, "numa_node": None})
+
+
+def test_warnings_stand_above_the_table() -> None:
+    lines = render(state({"role": "controller"}, warnings=["node n: too few cores"])).splitlines()
+    assert lines[1] == "warning: node n: too few cores"
+
+
+def test_the_plan_of_micro_batches_is_shown_with_both_times() -> None:
+    measured = [{"tokens": 512, "whole_ms": 985.2, "halves_ms": 652.1}]
+    cut = {"micro_batches": {"from_tokens": 512, "measured": measured}}
+    whole = {"micro_batches": {"from_tokens": None, "measured": measured}}
+    never = {"micro_batches": {"from_tokens": None, "measured": []}}
+    assert row({"role": "attention_shard", "hop": HOP | cut}).endswith(
+        "10 layer calls, 100 us each, steps of 512+ tokens in halves (512: 985 -> 652 ms)"
+    )
+    assert row({"role": "attention_shard", "hop": HOP | whole}).endswith("no step in halves (512: 985 -> 652 ms)")
+    assert row({"role": "attention_shard", "hop": HOP | never}).endswith("100 us each")
