@@ -13,10 +13,10 @@ CODE := cluster model_plugins deployments scripts tests benchmarks
 BIN := $(abspath $(VENV))/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full correctness check lint fmt types imports fast-test bench tiny-model proto wheel lock clean
+.PHONY: help setup demo test test-full correctness check lint fmt types imports fast-test bench bench-hop bench-network bench-step tiny-model proto wheel lock clean
 
 help:  ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup:  ## Create or update .venv with everything for CPU
 	@$(PYTHON) scripts/setup_environment.py --venv "$(VENV)"
@@ -54,6 +54,18 @@ fast-test: setup
 
 bench: setup  ## What the split costs: decode throughput against experts inside the engine (BENCH_ARGS adds)
 	$(BIN)/python benchmarks/decode.py $(BENCH_ARGS)
+
+bench-hop: setup  ## One layer call by every transport beside its floor -> benchmarks/results/hop.json (three minutes)
+	$(BIN)/python benchmarks/hop.py --json benchmarks/results/hop.json $(BENCH_ARGS)
+	$(BIN)/python benchmarks/tables.py
+
+bench-network: setup  ## The same between two network namespaces, with delay and loss (root; five minutes)
+	$(BIN)/python benchmarks/hop.py --network --json benchmarks/results/network.json $(BENCH_ARGS)
+	$(BIN)/python benchmarks/tables.py
+
+bench-step: setup  ## One decode step, split and monolithic on the same cores -> benchmarks/results/step.json (ten minutes)
+	$(BIN)/python benchmarks/step.py --json benchmarks/results/step.json $(BENCH_ARGS)
+	$(BIN)/python benchmarks/tables.py
 
 tiny-model: setup  ## Make, train and evaluate the bundled model from scratch in build/moeray-tiny (an hour on one core)
 	$(BIN)/python -m moeray.tiny.train --out build/moeray-tiny

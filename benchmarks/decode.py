@@ -4,6 +4,9 @@
 
 Two clusters run at the same time on the same cores and are asked in turn, A B A B ..., so that both see the same noise.
 The ratio is taken pair by pair; above 1 the split is faster. Greedy, end-of-sequence ignored, OpenAI HTTP.
+
+This is the product as a client sees it: ingress, relay and Ray included, no process pinned by hand, moeray's own
+experts inside the baseline. What a step alone costs beside plain vLLM: step.py.
 """
 
 from __future__ import annotations
@@ -13,7 +16,6 @@ import concurrent.futures
 import contextlib
 import json
 import os
-import platform
 import socket
 import statistics
 import subprocess
@@ -25,6 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import records
 import yaml
 
 BASELINE = {"attention": {"num_shards": 1}, "transport": {"backend": "local"}}
@@ -42,41 +45,34 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the records there")
     options = parser.parse_args()
     names, pairs = (["1x2"], 3) if options.quick else (list(TOPOLOGIES), 5)
-    records = []
+    found: list[records.Record] = []
     with cluster(BASELINE) as baseline:
         for name in names:
             with cluster(TOPOLOGIES[name]) as split:
                 for concurrency in (1, 8):
-                    records.append(compare(name, split, baseline, concurrency, pairs))
-                    print(describe(records[-1]), flush=True)
+                    found.append(compare(name, split, baseline, concurrency, pairs))
+                    print(describe(found[-1]), flush=True)
     if options.json:
-        facts = {
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "commit": commit(),
-            "command": " ".join(sys.argv),
-        }
-        options.json.write_text(json.dumps({**facts, "records": records}, indent=1) + "\n")
+        records.write(options.json, found, pairs=pairs)
 
 
-def compare(name: str, split: str, baseline: str, concurrency: int, pairs: int) -> dict[str, Any]:
+def compare(name: str, split: str, baseline: str, concurrency: int, pairs: int) -> records.Record:
     """Interleaved pairs after one warm-up of each."""
     for url in (split, baseline):
         tokens_per_s(url, concurrency)
     measured = [(tokens_per_s(split, concurrency), tokens_per_s(baseline, concurrency)) for _ in range(pairs)]
-    ratios = sorted(ours / theirs for ours, theirs in measured)
+    ratios = [ours / theirs for ours, theirs in measured]
     return {
         "topology": name,
         "concurrency": concurrency,
         "tokens_per_s": statistics.median(ours for ours, _ in measured),
         "baseline_tokens_per_s": statistics.median(theirs for _, theirs in measured),
-        "ratio": statistics.median(ratios),
-        "ratio_min": ratios[0],
-        "ratio_max": ratios[-1],
+        **records.spread(ratios),
         "pairs": pairs,
     }
 
 
-def describe(record: dict[str, Any]) -> str:
+def describe(record: records.Record) -> str:
     return (
         f"{record['topology']} at concurrency {record['concurrency']}: {record['tokens_per_s']:6.1f} tokens/s, "
         f"experts inside {record['baseline_tokens_per_s']:6.1f}; "
@@ -122,12 +118,6 @@ def cluster(config: dict[str, Any]) -> Iterator[str]:
             yield f"http://127.0.0.1:{ports[0]}"
         finally:
             subprocess.run([*command, "down"], env=env, check=True, stdout=subprocess.DEVNULL)
-
-
-def commit() -> str:
-    return subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,142 @@
+"""The tables of docs/performance.md, from benchmarks/results.
+
+    python benchmarks/tables.py
+
+Each table stands between two comments of its name; what is between them is replaced, the text around it is a person's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import records
+import targets
+from records import Record
+
+DOCUMENT = records.ROOT / "docs" / "performance.md"
+BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    DOCUMENT.write_text(filled(text, records.RESULTS), encoding="utf-8")
+
+
+def filled(text: str, results: Path) -> str:
+    """The document with every table made anew; a table without results says how to get them.
+
+    Raises:
+        KeyError: the document names a table that nobody makes.
+    """
+
+    def replaced(match: re.Match[str]) -> str:
+        name = match[2]
+        if name == "targets":
+            body = targets_table(results)
+        else:
+            file, make = TABLES[name]
+            found = results / file
+            body = _with_source(make, found) if found.exists() else f"Not measured yet: `make bench-{file[:-5]}`."
+        return f"{match[1]}{body}\n{match[3]}"
+
+    return BLOCK.sub(replaced, text)
+
+
+def _with_source(make: Callable[[list[Record]], str], file: Path) -> str:
+    found, facts = records.read(file)
+    source = f"{facts['machine']}; commit {facts['commit']}, {facts['date']}, load {facts['load']} at the end."
+    return f"{source}\n\n{make(found)}\n\n`{facts['command']}`"
+
+
+def hop_table(found: list[Record]) -> str:
+    """One line per width and batch; channel and Gloo beside their floors."""
+    rows = []
+    for hidden, batch in dict.fromkeys((each["hidden"], each["batch"]) for each in found):
+        at = {each["transport"]: each for each in found if (each["hidden"], each["batch"]) == (hidden, batch)}
+        channel, gloo = at["channel"], at["gloo"]
+        packed = channel["stages_us"]["pack"] + channel["stages_us"]["combine"]
+        rows.append(
+            [hidden, batch, _us(at["memcpy"]), _us(at["socket"]), f"{_us(channel)} / {_us(channel, 'p99_us')}",
+             _ratio(channel), f"{packed:.0f}", _us(channel, "call_us"), _us(at["gloo_p2p"]),
+             f"{_us(gloo)} / {_us(gloo, 'p99_us')}", _ratio(gloo), _us(gloo, "call_us")]
+        )  # fmt: skip
+    head = [
+        "hidden", "batch", "memcpy", "socket", "channel p50 / p99", "x socket", "its pack + combine", "its whole call",
+        "Gloo p2p", "Gloo p50 / p99", "x Gloo p2p", "its whole call",
+    ]  # fmt: skip
+    return markdown(head, rows)
+
+
+def step_table(found: list[Record]) -> str:
+    """One line per model, batch and topology."""
+    rows = [
+        [each["model"], each["batch"], each["topology"], f"{each['ms']:.1f}", f"{each['tokens_per_s']:.0f}",
+         _ratio(each, "throughput_ratio")]
+        for each in found
+    ]  # fmt: skip
+    return markdown(["model", "batch", "topology", "ms per token of each request", "tokens/s", "x monolithic"], rows)
+
+
+def stage_table(found: list[Record]) -> str:
+    """Microseconds per layer call of the split topologies."""
+    split = [each for each in found if each["stages"]]
+    stages = list(split[0]["stages"]) if split else []
+    rows = [
+        [each["model"], each["batch"], each["topology"], *(f"{each['stages'][stage]:.0f}" for stage in stages)]
+        for each in split
+    ]
+    return markdown(["model", "batch", "topology", *(stage.replace("_", " ") for stage in stages)], rows)
+
+
+def network_table(found: list[Record]) -> str:
+    """One line per link, width and batch."""
+    rows = []
+    for link, hidden, batch in dict.fromkeys((each["link"], each["hidden"], each["batch"]) for each in found):
+        at = {
+            each["transport"]: each
+            for each in found
+            if (each["link"], each["hidden"], each["batch"]) == (link, hidden, batch)
+        }
+        cells = [f"{_us(at[name])} / {_us(at[name], 'p99_us')}" for name in ("tcp", "gloo_p2p", "gloo")]
+        rows.append([f"{link} ({at['tcp']['made_by']})", hidden, batch, *cells, _ratio(at["gloo"])])
+    return markdown(["link", "hidden", "batch", "TCP p50 / p99", "Gloo p2p", "Gloo transport", "x TCP"], rows)
+
+
+def targets_table(results: Path) -> str:
+    """Every target, met or with what holds it; empty without results."""
+    hop, step = (
+        records.read(results / name)[0] if (results / name).exists() else [] for name in ("hop.json", "step.json")
+    )
+    rows = [
+        [each.target, each.measured, "yes" if each.met else "no", each.holds] for each in targets.verdicts(hop, step)
+    ]
+    return markdown(["target", "measured", "met", "largest stages of what is missed"], rows)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _us(record: Record, key: str = "p50_us") -> str:
+    value = record[key]
+    return f"{value:.1f}" if value < 10 else f"{value:.0f}"
+
+
+def _ratio(record: Record, key: str = "ratio") -> str:
+    return f"{record[key]:.2f} ({record[key + '_min']:.2f}..{record[key + '_max']:.2f})"
+
+
+TABLES: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
+    "hop": ("hop.json", hop_table),
+    "step": ("step.json", step_table),
+    "stages": ("step.json", stage_table),
+    "network": ("network.json", network_table),
+}
+"""Name in the document -> (file of results, what makes it)."""
+
+if __name__ == "__main__":
+    main()
