@@ -1,8 +1,13 @@
-"""What every suite shares: tests that need a GPU are skipped where there is none, and the summary says so."""
+"""What every suite shares: no test fails for being slow, and tests that need a GPU are skipped where there is none."""
 
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
+
+# An example's time says how busy the machine is, or that something was compiled for the first time.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 _skipped_for_gpu: list[str] = []
 

@@ -90,7 +90,9 @@ def test_a_group_refuses_by_itself_whatever_the_shard_thinks(groups: list[Peer],
     key, addresses = serve(groups, SMALL, (8,))
     host, port = addresses[0].split(":")
     identity = replace(SMALL.identity, fingerprint="other")
-    hello = Hello(sender="shard x", backend="gloo", group=0, generation=1, inline_rows=4, identity=identity)
+    hello = Hello(
+        sender="shard x", backend="gloo", group=0, generation=1, inline_rows=4, max_tokens=9, identity=identity
+    )
     deadline = time.monotonic() + 5
     with socket.create_connection((host, int(port))) as connection:
         send_message(connection, hello.to_json(), deadline)

@@ -22,6 +22,7 @@ from moeray.transport.memory import aligned
 
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 PAGE = mmap.PAGESIZE
+MAX_VIEWS = 256
 
 
 class Arena:
@@ -33,6 +34,8 @@ class Arena:
         self._bytes = torch.frombuffer(mmap.mmap(descriptor, num_bytes), dtype=torch.uint8)
         self._begin = self._bytes.data_ptr()
         self._taken = 0
+        self._num_bytes = num_bytes
+        self._views: dict[tuple[int, int], Tensor] = {}
 
     @classmethod
     def create(cls, num_bytes: int) -> Arena:
@@ -70,7 +73,7 @@ class Arena:
 
     @property
     def num_bytes(self) -> int:
-        return len(self._bytes)
+        return self._num_bytes
 
     def take(self, num_bytes: int) -> Tensor:
         begin, end = self._taken, self._taken + num_bytes
@@ -84,14 +87,20 @@ class Arena:
         return message.data_ptr() - self._begin
 
     def view(self, offset: int, num_bytes: int) -> Tensor:
-        """The other end's message.
+        """The other end's message. Decoding asks for the same few again and again, so they are kept.
 
         Raises:
             ValueError: not inside the arena.
         """
+        kept = self._views.get((offset, num_bytes))
+        if kept is not None:
+            return kept
         if min(offset, num_bytes) < 0 or offset + num_bytes > self.num_bytes:
             raise ValueError(f"a message at {offset} + {num_bytes} in an arena of {self.num_bytes} bytes")
-        return self._bytes[offset : offset + num_bytes]
+        if len(self._views) >= MAX_VIEWS:
+            self._views.clear()
+        view = self._views[offset, num_bytes] = self._bytes[offset : offset + num_bytes]
+        return view
 
     def close(self) -> None:
         """Let go of the descriptor; the memory itself goes with the last tensor that lies in it. Idempotent."""

@@ -1,6 +1,6 @@
 """Between processes of one node: rows in shared memory (see arena.py), an AF_UNIX socket as doorbell and death notice.
 
-A call is one 48-byte message that says where block, payload and reply lie; an answer is one of 8 bytes. No row passes
+A call is one 32-byte message that says where the message and its reply lie; an answer is one of 8 bytes. No row passes
 through the kernel, nothing is copied but by the ends themselves, and the end of a process is an end-of-file at once.
 The system calls order memory for both ends, on any architecture.
 
@@ -30,7 +30,7 @@ from moeray.config import ChannelUsers
 from moeray.transport.arena import Arena
 from moeray.transport.communicator import LinkBroken, Message
 
-CALL = struct.Struct("=6q")  # offset and bytes of block, of payload (0, 0 without one), of the reply's room
+CALL = struct.Struct("=4q")  # offset and bytes of the message and of the reply's room
 ANSWER = struct.Struct("=q")  # bytes of the reply
 CREDENTIALS = struct.Struct("=3i")  # struct ucred: pid, uid, gid
 CLOSED = "connection closed by peer"
@@ -76,20 +76,14 @@ class Channels:
         """One call to every rank in `receives`.
 
         Args:
-            sends: a rank's block, and its payload if it has one.
-            receives: room for one reply of each rank.
+            sends: one message to each rank.
+            receives: room for one reply of each rank, in the same order.
         """
         offset_of = self._arena.offset_of
-        blocks: dict[int, Tensor] = {}
-        payloads: dict[int, Tensor] = {}
-        for message, rank in sends:
-            (payloads if rank in blocks else blocks)[rank] = message
-        for reply, rank in receives:
-            block, payload = blocks[rank], payloads.get(rank)
-            place = (0, 0) if payload is None else (offset_of(payload), payload.nbytes)
-            call = CALL.pack(offset_of(block), block.nbytes, *place, offset_of(reply), reply.nbytes)
+        for (message, rank), (reply, _) in zip(sends, receives, strict=True):
+            call = CALL.pack(offset_of(message), message.nbytes, offset_of(reply), reply.nbytes)
             try:
-                # One call is outstanding at most, so its 48 bytes always fit into the socket's buffer.
+                # One call is outstanding at most, so its 32 bytes always fit into the socket's buffer.
                 self._connections[rank].send(call, socket.MSG_DONTWAIT)
             except OSError as error:
                 raise LinkBroken(rank, _reason(error)) from None
@@ -140,7 +134,7 @@ class GroupChannel:
     def __init__(self, connection: socket.socket, arena: Arena) -> None:
         self._connection = connection
         self._arena = arena
-        self._payload = self._reply = (0, 0)
+        self._reply_at = self._reply_bytes = 0
 
     def next_block(self, reply: Tensor | None) -> Tensor:
         try:
@@ -153,19 +147,16 @@ class GroupChannel:
             raise LinkBroken(0, CLOSED)
         if len(call) != CALL.size:
             raise ValueError(f"a call of {len(call)} bytes; {CALL.size} is legal")
-        offset, num_bytes, *places = CALL.unpack(call)
-        self._payload, self._reply = (places[0], places[1]), (places[2], places[3])
+        offset, num_bytes, self._reply_at, self._reply_bytes = CALL.unpack(call)
         return self._arena.view(offset, num_bytes)
 
     def payload(self, num_bytes: int) -> Tensor:
-        if self._payload[1] != num_bytes:
-            raise ValueError(f"a payload of {self._payload[1]} bytes, its header speaks of {num_bytes}")
-        return self._arena.view(*self._payload)
+        raise ValueError(f"a second message of {num_bytes} bytes by channel")
 
     def reply(self, num_bytes: int) -> Tensor:
-        if num_bytes > self._reply[1]:
-            raise ValueError(f"a reply of {num_bytes} bytes, room for {self._reply[1]}")
-        return self._arena.view(self._reply[0], num_bytes)
+        if num_bytes > self._reply_bytes:
+            raise ValueError(f"a reply of {num_bytes} bytes, room for {self._reply_bytes}")
+        return self._arena.view(self._reply_at, num_bytes)
 
     def close(self) -> None:
         self._connection.close()

@@ -90,6 +90,7 @@ def connect(
         group=0,
         generation=placement.generation,
         inline_rows=geometry.inline_rows,
+        max_tokens=spec.max_tokens,
         dispatch_format=spec.dispatch_format,
         identity=spec.identity,
     )

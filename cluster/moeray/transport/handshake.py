@@ -27,6 +27,7 @@ from moeray.transport.errors import HandshakeRefused
 
 PROTOCOL = 2
 MAX_MESSAGE_BYTES = 64 * 1024
+MAX_TOKENS = 1 << 20
 MAX_CHANNEL_NAME = 100  # an AF_UNIX address holds 107
 
 
@@ -63,7 +64,7 @@ class Hello:
     Attributes:
         sender: name of the shard or group, for messages only.
         group: index of the expert group that is meant.
-        inline_rows, dispatch_format: set by the shard; the group takes them over.
+        inline_rows, max_tokens, dispatch_format: set by the shard; the group takes them over.
         channel: where the group waits for shards of its own node (see channel.py); "" for nowhere.
     """
 
@@ -72,6 +73,7 @@ class Hello:
     group: int
     generation: int
     inline_rows: int
+    max_tokens: int
     identity: ModelIdentity
     dispatch_format: RowFormatName = "plain"
     channel: str = ""
@@ -95,8 +97,10 @@ class Hello:
             hello = cls(identity=identity, **values)
         except (KeyError, TypeError) as error:
             raise HandshakeRefused(f"not a hello of protocol {PROTOCOL}: {error}") from None
-        if not isinstance(hello.inline_rows, int) or not 1 <= hello.inline_rows <= 4096:
-            raise HandshakeRefused(f"inline_rows is {hello.inline_rows!r} there, 1..4096 is legal here")
+        for name, most in (("inline_rows", 4096), ("max_tokens", MAX_TOKENS)):
+            value = getattr(hello, name)
+            if not isinstance(value, int) or not 1 <= value <= most:
+                raise HandshakeRefused(f"{name} is {value!r} there, 1..{most} is legal here")
         if hello.dispatch_format not in get_args(RowFormatName):
             raise HandshakeRefused(f"dispatch_format is {hello.dispatch_format!r} there, unknown here")
         if not isinstance(hello.channel, str) or len(hello.channel) > MAX_CHANNEL_NAME:

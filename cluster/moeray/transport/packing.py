@@ -11,7 +11,7 @@ N groups, L layers, E experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moeray.transport.communicator import Message
-from moeray.transport.memory import MessageMemory
-from moeray.transport.wire import HEADER_BYTES, HEADER_WORDS, Flags, Geometry, Header
+from moeray.transport.memory import MessageMemory, aligned
+from moeray.transport.wire import HEADER, HEADER_BYTES, HEADER_WORDS, PAIRS_WORD, ROWS_WORD, Flags, Geometry, Header
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Packed:
     """What one dispatch sends and expects; its tensors are valid until the next one.
 
     Attributes:
-        sends: to rank 1 + group; a group's block comes before its payload.
+        sends: to rank 1 + group; a group's block comes before its payload, if it has one.
         source_P: as in `Routing`, on the replies' device.
         reply_pairs: per group, rows that its reply has room for.
         num_pairs: per group, rows that it will fill; None where only the device knows.
@@ -59,7 +59,7 @@ class Packed:
 
 
 class Packer(Protocol):
-    """Owns the dispatch blocks of all groups."""
+    """Owns the messages to all groups."""
 
     def pack(self, header: Header, x_TD: Tensor, ids_TK: Tensor) -> Packed:
         """Pack one batch.
@@ -72,7 +72,7 @@ class Packer(Protocol):
         ...
 
     def blocks_with(self, header: Header) -> list[Message]:
-        """Every group's block with this header and no rows."""
+        """A message to every group with this header and no rows."""
         ...
 
 
@@ -116,40 +116,35 @@ class HostPacker:
 
         self._geometry = geometry
         self._owner_LE = np.ascontiguousarray(owner_LE)
-        self._blocks = memory.take(num_groups * geometry.block_bytes).view(num_groups, geometry.block_bytes)
-        self._large = memory.take(geometry.payload_room(max_tokens, num_groups))
-        self._sends = _to_groups(self._blocks)
+        self._memory = memory.take(aligned(geometry.message_room(max_tokens, num_groups)))
+        self._integers = self._memory.numpy(), *(self._memory.view(t).numpy() for t in (torch.int32, torch.int64))
         self._kernel = pack_kernel()
-        self._block_views, self._large_views = _integer_views(self._blocks), _integer_views(self._large.unsqueeze(0))
         self._counts_NC = np.empty((num_groups, 4), dtype=np.int64)
 
     def pack(self, header: Header, x_TD: Tensor, ids_TK: Tensor) -> Packed:
-        geometry, counts_NC = self._geometry, self._counts_NC
         source_P = np.empty(ids_TK.numel(), dtype=np.int64)
         fits = self._kernel(
             ids_TK.contiguous().numpy(),
             self._owner_LE[header.layer],
-            geometry.dispatched.encode(x_TD).numpy(),
+            self._geometry.dispatched.encode(x_TD).numpy(),
             np.array(header.words(), dtype=np.int64),
-            geometry.inline_rows,
-            geometry.status_rows,
-            self._block_views,
-            self._large_views,
-            counts_NC,
+            self._geometry.status_rows,
+            self._integers,
+            self._counts_NC,
             source_P,
         )
         if not fits:
             raise IndexError(f"expert ids outside 0..{self._owner_LE.shape[1] - 1}")
-        sends, num_pairs = self._sends, []
-        for group, (_, pairs, begin, num_bytes) in enumerate(counts_NC.tolist()):
+        sends, num_pairs = [], []
+        for group, (_, pairs, begin, num_bytes) in enumerate(self._counts_NC.tolist()):
+            sends.append((self._memory[begin : begin + num_bytes], 1 + group))
             num_pairs.append(pairs)
-            if num_bytes:
-                sends = [*sends, (self._large[begin : begin + num_bytes], 1 + group)]
         return Packed(sends, torch.from_numpy(source_P), num_pairs, num_pairs)
 
     def blocks_with(self, header: Header) -> list[Message]:
-        self._block_views[2][:, :HEADER_WORDS] = header.words()
-        return self._sends
+        message = self._memory[:HEADER_BYTES]
+        HEADER.pack_into(message.numpy().data, 0, *header.words())
+        return [(message, 1 + group) for group in range(len(self._counts_NC))]
 
 
 class DevicePacker:
@@ -197,9 +192,9 @@ class DevicePacker:
         for group, (rows, row_ids) in enumerate(self._inline):
             rows[:num_tokens] = x_TB[tokens_NT[group]]
             row_ids[:num_tokens] = own_ids_NTK[group][tokens_NT[group]]
-        self._write_headers([replace(header, reply_pairs=room)] * num_groups)
-        self._headers_NW[:, Header.ROWS_WORD] = member_NT.sum(dim=1)
-        self._headers_NW[:, Header.PAIRS_WORD] = mine_NTK.sum(dim=(1, 2))
+        self._write_headers([header._replace(reply_pairs=room)] * num_groups)
+        self._headers_NW[:, ROWS_WORD] = member_NT.sum(dim=1)
+        self._headers_NW[:, PAIRS_WORD] = mine_NTK.sum(dim=(1, 2))
         owner_P = owner_TK.reshape(-1)
         rank_NP = mine_NTK.reshape(num_groups, num_tokens * top_k).cumsum(dim=1) - 1
         rank_P = rank_NP.gather(0, owner_P.unsqueeze(0)).squeeze(0)
@@ -219,7 +214,7 @@ class DevicePacker:
         headers = []
         for group, (tokens, pairs) in enumerate(zip(routing.tokens, routing.num_pairs, strict=True)):
             flags = Flags.LARGE if group in payloads else Flags.NONE
-            headers.append(replace(header, num_rows=len(tokens), num_pairs=pairs, reply_pairs=pairs, flags=flags))
+            headers.append(header._replace(num_rows=len(tokens), num_pairs=pairs, reply_pairs=pairs, flags=int(flags)))
             if group in payloads:
                 rows, row_ids = geometry.payload_views(payloads[group], len(tokens), len(tokens))
                 rows.copy_(x_TB.index_select(0, torch.from_numpy(tokens).to(device)))
@@ -231,11 +226,6 @@ class DevicePacker:
     def _write_headers(self, headers: Sequence[Header]) -> None:
         words_NW = torch.tensor([header.words() for header in headers], dtype=torch.int64)
         self._headers_NW.copy_(words_NW, non_blocking=True)
-
-
-def _integer_views(memory: Tensor) -> tuple[NDArray[np.uint8], NDArray[np.int32], NDArray[np.int64]]:
-    """The same contiguous bytes (uint8) as integers of three widths."""
-    return memory.numpy(), memory.view(torch.int32).numpy(), memory.view(torch.int64).numpy()
 
 
 def _to_groups(blocks: Tensor) -> list[Message]:

@@ -87,6 +87,7 @@ class GroupServer:
             group=group,
             generation=generation,
             inline_rows=1,
+            max_tokens=1,
             identity=identity,
         )
         self._host, self._port = host, port
@@ -229,7 +230,7 @@ class GroupServer:
                 connect_timeout_s=timeout_s,
                 peer_gone=_rank_if_gone(shard.connection),
             )
-            link = BufferedLink(communicator, geometry.block_bytes)
+            link = BufferedLink(communicator, geometry, theirs.max_tokens)
             del communicator
         send_message(shard.connection, {"ready": True}, monotonic() + HANDSHAKE_TIMEOUT_S)
         return Session(link, geometry, self._compute, lambda: self.generation)

@@ -13,6 +13,9 @@ from moeray.transport.communicator import Communicator, LinkBroken
 from moeray.transport.interface import ExpertCompute
 from moeray.transport.wire import HEADER_BYTES, Flags, Geometry, Header, Status, read_header, write_status
 
+LARGE, PROBE, EXACT = int(Flags.LARGE), int(Flags.PROBE), int(Flags.EXACT)
+MAX_VIEWS = 256
+
 
 class GroupLink(Protocol):
     """A group's end of one shard's messages, whatever carries them. Used by one thread."""
@@ -28,7 +31,8 @@ class GroupLink(Protocol):
         Args:
             reply: as `reply` gave it, filled.
         Returns:
-            The call's block (uint8), valid until the next `next_block`, as are its payload and reply.
+            The call's message (uint8; what follows the rows is of no meaning), valid until the next `next_block`, as
+            are its payload and reply.
         Raises:
             LinkBroken: the shard is gone.
             ValueError: what came is not a call.
@@ -36,7 +40,7 @@ class GroupLink(Protocol):
         ...
 
     def payload(self, num_bytes: int) -> Tensor:
-        """The rows (uint8) that did not fit into the block. Raises as `next_block`."""
+        """The rows (uint8) that come in a second message. Raises as `next_block`."""
         ...
 
     def reply(self, num_bytes: int) -> Tensor:
@@ -53,16 +57,25 @@ class GroupLink(Protocol):
 
 
 class BufferedLink:
-    """A `GroupLink` of buffers and messages between them. They grow to the largest call and stay.
+    """A `GroupLink` of buffers and messages between them. Those for replies grow to the largest call and stay.
 
     The reply to one call and the receive of the next are started together, so that the shard's next message always
     finds its receive posted.
     """
 
-    def __init__(self, communicator: Communicator, block_bytes: int) -> None:
+    def __init__(self, communicator: Communicator, geometry: Geometry, max_tokens: int) -> None:
+        """Make room.
+
+        Args:
+            max_tokens: of one message. Gloo takes a shorter message into a larger receive, so all of it comes at once;
+                the system commits only what is written.
+        """
         self._communicator = communicator
         self.device = communicator.device
-        self._block = torch.zeros(block_bytes, dtype=torch.uint8, device=self.device)
+        num_bytes = geometry.block_bytes
+        if not communicator.bucketed:
+            num_bytes = max(num_bytes, geometry.message_bytes(max_tokens))
+        self._block = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
         self._payload = self._reply = torch.empty(0, dtype=torch.uint8, device=self.device)
 
     def next_block(self, reply: Tensor | None) -> Tensor:
@@ -117,6 +130,7 @@ class Session:
         self._geometry = geometry
         self._compute = compute
         self._generation = generation
+        self._views: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.counts = SessionCounts()
 
     def serve(self) -> str:
@@ -136,16 +150,16 @@ class Session:
             self._link.close()
 
     def _answer(self, header: Header, block: Tensor) -> Tensor:
-        geometry, status_rows = self._geometry, self._geometry.status_rows
-        x_TB, ids_TK = self._rows(header, block)
-        reply = self._link.reply((status_rows + header.reply_pairs) * geometry.row_bytes)
+        geometry = self._geometry
+        # Before anything can go wrong: a second message has to be received whatever becomes of the call.
+        rows = None if header.flags & PROBE else self._rows(header, block)
+        reply = self._link.reply((geometry.status_rows + header.reply_pairs) * geometry.row_bytes)
         generation, status, text = self._generation(), Status.OK, ""
         if header.generation != generation:
             status = Status.STALE
-        elif not header.flags & Flags.PROBE:
+        elif rows is not None:
             try:
-                x_TD = geometry.dispatched.decode(x_TB)
-                self._compute_rows(header, x_TD, ids_TK, reply[status_rows * geometry.row_bytes :])
+                self._compute_rows(header, *rows, reply)
             except Exception as error:  # noqa: BLE001
                 # Whatever went wrong in the computation is this call's result; the shard must not wait for rows.
                 status, text = Status.FAILED, f"{type(error).__name__}: {error}"
@@ -157,17 +171,29 @@ class Session:
         return reply
 
     def _rows(self, header: Header, block: Tensor) -> tuple[Tensor, Tensor]:
+        """(x_TB, ids_TK) of a call."""
         geometry, num_rows = self._geometry, header.num_rows
-        if not header.flags & Flags.LARGE:
-            if num_rows > geometry.inline_rows:
-                raise ValueError(f"{num_rows} rows inline, room for {geometry.inline_rows}")
-            return geometry.payload_views(block[HEADER_BYTES:], geometry.inline_rows, num_rows)
-        return geometry.payload_views(self._link.payload(geometry.payload_bytes(num_rows)), num_rows, num_rows)
+        if header.flags & LARGE:
+            return geometry.payload_views(self._link.payload(geometry.payload_bytes(num_rows)), num_rows, num_rows)
+        # Decoding brings the same shapes to the same places again and again.
+        place = (block.data_ptr(), num_rows)
+        kept = self._views.get(place)
+        if kept is not None:
+            return kept
+        capacity = num_rows if header.flags & EXACT else geometry.inline_rows
+        num_bytes = HEADER_BYTES + geometry.payload_bytes(capacity)
+        if num_rows > capacity or num_bytes > len(block):
+            raise ValueError(f"{num_rows} rows, {num_bytes} bytes, in a message of {len(block)}")
+        if len(self._views) >= MAX_VIEWS:
+            self._views.clear()
+        self._views[place] = views = geometry.payload_views(block[HEADER_BYTES:num_bytes], capacity, num_rows)
+        return views
 
-    def _compute_rows(self, header: Header, x_TD: Tensor, ids_TK: Tensor, room: Tensor) -> None:
+    def _compute_rows(self, header: Header, x_TB: Tensor, ids_TK: Tensor, reply: Tensor) -> None:
         geometry, num_pairs = self._geometry, header.num_pairs
-        rows_PD = self._compute(header.layer, x_TD, ids_TK)
+        rows_PD = self._compute(header.layer, geometry.dispatched.decode(x_TB), ids_TK)
         expected = (num_pairs, geometry.hidden_size)
         if rows_PD.shape != expected or rows_PD.dtype != geometry.dtype:
             raise ValueError(f"the experts gave {rows_PD.dtype} {list(rows_PD.shape)}, asked were {list(expected)}")
-        room[: num_pairs * geometry.row_bytes].view(geometry.dtype).view(expected).copy_(rows_PD)
+        reply_RD = reply.view(geometry.dtype).view(-1, geometry.hidden_size)
+        reply_RD[geometry.status_rows : geometry.status_rows + num_pairs] = rows_PD

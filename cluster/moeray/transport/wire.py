@@ -1,12 +1,15 @@
 """Layout of the bytes on the hop. Both ends compute it from the same few numbers; nothing is negotiated per call.
 
-A dispatch to one group is one block of fixed size: header, then room for `inline_rows` rows of x and of ids.
+A dispatch to one group is one message: header, then the rows of x and of ids that the group gets.
 
-    header (8 x int64) | x: inline_rows x B | pad to 64 | ids: inline_rows x K x int32 | pad to 64
+    header (8 x int64) | x: rows x B | pad to 64 | ids: rows x K x int32 | pad to 64
 
-A group that gets more rows than fit inline finds `LARGE` in the header and receives them in a second message of
-exactly known size (same layout, without header). The reply is `status_rows + reply_pairs` rows of D: the status lies
-in the first rows, so that the rows of all groups form one matrix that a single gather can read.
+Between CPUs it is exactly as long as that (`EXACT`). Where the host must not know how many rows there are (a device),
+it is a block of fixed size with room for `inline_rows`; if more rows may have to go, the header says `LARGE`, the room
+stays empty and the rows come in a second message of exactly known size (same layout, without header).
+
+The reply is `status_rows + reply_pairs` rows of D: the status lies in the first rows, so that the rows of all groups
+form one matrix that a single gather can read.
 
     status (5 x int64, then UTF-8 text), STATUS_BYTES rounded up to whole rows | rows_PD
 
@@ -20,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +48,12 @@ class Flags(IntFlag):
     NONE = 0
     LARGE = 1  # no inline rows: an exact second message follows
     PROBE = 2  # no rows at all: prove the path, compute nothing
+    EXACT = 4  # the rows follow the header at once, as many as there are
+
+
+LEGAL_FLAGS = frozenset(map(int, Flags)) | {0}
+ROWS_WORD, PAIRS_WORD = 4, 5
+"""Positions of the header's words that a device fills in by itself."""
 
 
 class Status(IntEnum):
@@ -55,8 +64,7 @@ class Status(IntEnum):
     STALE = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     """One dispatch to one group.
 
     Attributes:
@@ -70,23 +78,10 @@ class Header:
     num_rows: int
     num_pairs: int
     reply_pairs: int
-    flags: Flags
-
-    # Positions of the words that a device fills in by itself.
-    ROWS_WORD = 4
-    PAIRS_WORD = 5
+    flags: int  # of `Flags`
 
     def words(self) -> tuple[int, ...]:
-        return (
-            MAGIC,
-            self.generation,
-            self.sequence,
-            self.layer,
-            self.num_rows,
-            self.num_pairs,
-            self.reply_pairs,
-            int(self.flags),
-        )
+        return (MAGIC, *self)
 
     @classmethod
     def from_words(cls, words: Sequence[int]) -> Header:
@@ -95,10 +90,12 @@ class Header:
         Raises:
             ValueError: not a header of ours, or impossible numbers.
         """
-        magic, generation, sequence, layer, num_rows, num_pairs, reply_pairs, flags = words
-        if magic != MAGIC or min(num_rows, num_pairs) < 0 or reply_pairs < num_pairs or flags not in (0, 1, 2):
+        magic, *rest = words
+        header = cls(*rest)
+        is_possible = header.num_rows >= 0 and 0 <= header.num_pairs <= header.reply_pairs
+        if magic != MAGIC or not is_possible or header.flags not in LEGAL_FLAGS:
             raise ValueError(f"not a dispatch header: {list(words)}")
-        return cls(generation, sequence, layer, num_rows, num_pairs, reply_pairs, Flags(flags))
+        return header
 
 
 @dataclass(frozen=True)
@@ -140,6 +137,10 @@ class Geometry:
     def payload_bytes(self, num_rows: int) -> int:
         return self.ids_offset(num_rows) + aligned(num_rows * self.top_k * 4)
 
+    def message_bytes(self, num_rows: int) -> int:
+        """Of an exact message."""
+        return HEADER_BYTES + self.payload_bytes(num_rows)
+
     def payload_views(self, payload: Tensor, capacity: int, num_rows: int) -> tuple[Tensor, Tensor]:
         """The first `num_rows` rows (x_TB uint8, ids_TK) of a uint8 payload laid out for `capacity` rows; no copy."""
         row_bytes, ids_begin = self.dispatched.row_bytes, self.ids_offset(capacity)
@@ -148,6 +149,10 @@ class Geometry:
             payload[: num_rows * row_bytes].view(num_rows, row_bytes),
             ids_bytes.view(torch.int32).view(num_rows, self.top_k),
         )
+
+    def message_room(self, max_tokens: int, num_groups: int) -> int:
+        """Bytes that the exact messages of one dispatch take at most."""
+        return num_groups * HEADER_BYTES + self.payload_room(max_tokens, num_groups)
 
     def payload_room(self, max_tokens: int, num_groups: int) -> int:
         """Bytes that the payloads of one dispatch take at most: every token goes to as many groups as it can."""

@@ -19,7 +19,7 @@ from moeray.transport.handshake import MAX_MESSAGE_BYTES, Hello, ModelIdentity, 
 IDENTITY = ModelIdentity(
     fingerprint="f00d", hidden_size=64, top_k=2, num_experts=8, num_layers=2, dtype="bfloat16", moeray_version="1"
 )
-SHARD = Hello(sender="shard a", backend="gloo", group=1, generation=4, inline_rows=8, identity=IDENTITY)
+SHARD = Hello(sender="shard a", backend="gloo", group=1, generation=4, inline_rows=8, max_tokens=9, identity=IDENTITY)
 GROUP = replace(SHARD, sender="expert group 1", inline_rows=1)
 
 
@@ -131,6 +131,8 @@ def test_a_hello_of_another_protocol_is_refused_with_both_numbers() -> None:
         {"identity": {}},
         {"identity": 3},
         {"inline_rows": 0},
+        {"max_tokens": 0},
+        {"max_tokens": 2**40},
         {"dispatch_format": "int3"},
         {"channel": "x" * 101},
         {"channel": None},

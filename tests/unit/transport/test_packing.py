@@ -88,9 +88,10 @@ def received(batch: Batch, packed: Packed, group: int) -> tuple[Header, Tensor, 
     large = bool(header.flags & Flags.LARGE)
     assert len(messages) == 1 + large
     payload = messages[1] if large else messages[0][HEADER_BYTES:]
-    capacity = header.num_rows if large else batch.geometry.inline_rows
+    is_exact = large or bool(header.flags & Flags.EXACT)
+    capacity = header.num_rows if is_exact else batch.geometry.inline_rows
     assert header.num_rows <= capacity
-    assert not large or len(payload) == batch.geometry.payload_bytes(header.num_rows)
+    assert not is_exact or len(payload) == batch.geometry.payload_bytes(header.num_rows)
     x_TB, ids_TK = batch.geometry.payload_views(payload, capacity, header.num_rows)
     return header, batch.geometry.dispatched.decode(x_TB), ids_TK
 
