@@ -34,13 +34,19 @@ from far_end import Answerer
 from floors import GlooFloor, MemcpyFloor, SocketFloor
 from pinned import Process, pin, two_cores
 
+from moeray.vllm_hooks.settings import SPIN_S
+
 BATCHES, HIDDENS = (1, 8, 32, 128), (256, 1024, 4096)
 TRANSPORTS: dict[str, dict[str, Any]] = {
-    "channel": {"backend": "gloo", "channel": "same_user"},
+    "channel": {"backend": "gloo", "channel": "same_user", "spin_s": SPIN_S},
+    "channel_sleeping": {"backend": "gloo", "channel": "same_user"},
     "gloo": {"backend": "gloo", "channel": "off"},
 }
-"""Fields of `TransportSpec`."""
-FLOOR_OF = {"channel": "socket", "gloo": "gloo_p2p", "local": "memcpy", "gloo_p2p": "socket", "socket": "socket"}
+"""Fields of `TransportSpec`; `channel` as a shard with a core of its own has it, `channel_sleeping` on a shared one."""
+FLOOR_OF = {
+    "channel": "socket", "channel_sleeping": "socket", "gloo": "gloo_p2p", "local": "memcpy", "gloo_p2p": "socket",
+    "socket": "socket",
+}  # fmt: skip
 WARM_UP = 20
 
 

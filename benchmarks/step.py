@@ -40,6 +40,7 @@ from step_engines import Decoded, Engine, Group
 
 from moeray.deepseek_v4 import Checkpoint
 from moeray.tiny import checkpoint_path
+from moeray.vllm_hooks.settings import SPIN_S
 
 TINY = "moeray-tiny"
 BATCHES = (1, 8, 32)
@@ -118,7 +119,8 @@ class Topology:
         for number, (engine, cores) in enumerate(self.engines):
             engine.ask("move", cores)
             if self.backend is not None:
-                engine.ask("connect", self.experts.address if self.experts else "", number, self.backend)
+                address = self.experts.address if self.experts else ""
+                engine.ask("connect", address, number, self.backend, SPIN_S if self._is_uncrowded() else 0.0)
         working = [process for process, _ in self.engines]
         for number, engine in enumerate(working):
             engine.ask("prefill", len(range(number, batch, len(working))))
@@ -129,6 +131,11 @@ class Topology:
         decoded: list[Decoded] = [engine.answer() for engine in working]
         seconds = max(each.ended for each in decoded) - min(each.began for each in decoded)
         return Run(sum(each.tokens for each in decoded) / seconds, self._stages(decoded, steps))
+
+    def _is_uncrowded(self) -> bool:
+        """Whether nobody shares an engine's core: then the product lets a shard poll."""
+        cores = [core for _, cores in self.engines for core in cores] + list(self.experts.cores if self.experts else ())
+        return len(set(cores)) == len(cores)
 
     def _stages(self, decoded: Sequence[Decoded], steps: int) -> dict[str, float]:
         if self.experts is None:

@@ -70,11 +70,11 @@ class Engine:
         self.engine = LLMEngine(config, Executor.get_class(config), log_stats=False, multiprocess_mode=False)
         return {"threads": torch.get_num_threads(), "cores": sorted(os.sched_getaffinity(0))}
 
-    def connect(self, address: str, number: int, backend: str = "gloo") -> None:
+    def connect(self, address: str, number: int, backend: str, spin_s: float) -> None:
         """Let the experts be those behind `address`, or in this process (`local`)."""
         from moeray.vllm_hooks.settings import ADDITIONAL_CONFIG_KEY
 
-        settings = replace(self.settings, shard=f"s{number}", number=number, backend=backend)
+        settings = replace(self.settings, shard=f"s{number}", number=number, backend=backend, spin_s=spin_s)
         self.engine.vllm_config.additional_config[ADDITIONAL_CONFIG_KEY] = settings.to_json()
         placement = one_group(Checkpoint.open(self.settings.checkpoint))
         self.engine.collective_rpc("moeray_connect", args=(placement.to_json(), [address]))

@@ -134,11 +134,16 @@ class ClusterConfig:
         return self.transport.backend if self.experts.num_groups else "local"
 
     @property
-    def num_threads(self) -> int:
-        """Compute threads of all shards and groups on CPU, and one more for each shard's relay."""
-        shards = 0 if self.attention.num_gpus else self.attention.num_shards * (self.attention.shard_threads + 1)
+    def num_compute_threads(self) -> int:
+        """Of all shards and groups on CPU."""
+        shards = 0 if self.attention.num_gpus else self.attention.num_shards * self.attention.shard_threads
         groups = 0 if self.experts.num_gpus else self.num_remote_groups * self.experts.num_threads
         return shards + groups
+
+    @property
+    def num_threads(self) -> int:
+        """Compute threads, and one more for each shard's relay."""
+        return self.num_compute_threads + (0 if self.attention.num_gpus else self.attention.num_shards)
 
     @property
     def num_remote_groups(self) -> int:

@@ -22,8 +22,9 @@ from moeray.controller.settings import ControllerSettings
 from moeray.deepseek_v4.source import locate
 from moeray.membership import Role, View
 from moeray.placement import CoreShare
+from moeray.placement.machine import this_machine
 from moeray.vllm_hooks.served_model import ExpertsIn, describe_model, experts_in
-from moeray.vllm_hooks.settings import ShardSettings
+from moeray.vllm_hooks.settings import SPIN_S, ShardSettings
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +46,9 @@ class AttentionShard:
         self._member = ClusterMember(Role.ATTENTION_SHARD, settings)
         index = await self._member.join()
         self._member.every(REPORT_S, self._report)
+        spin_s = _spin_s(config)  # before this process is pinned
         cores = await self._take_cores(config)
-        spec, self._experts_in = _spec(config, locate(model), settings, index, cores)
+        spec, self._experts_in = _spec(config, locate(model), settings, index, cores, spin_s)
         logger.info("%s: experts are computed in the %s", spec.shard, self._experts_in)
         self._child = await ShardProcess.start(spec, self._set_stage)
         self._channel = grpc.aio.insecure_channel(self._child.address, options=wire.CHANNEL_OPTIONS)
@@ -155,8 +157,22 @@ def _summary(tensors: dict[str, Any]) -> dict[str, int]:
     }
 
 
+def _spin_s(config: ClusterConfig) -> float:
+    """How long a shard may poll for its groups' answer: not at all where somebody else may need its core.
+
+    Like a relay's own core, granted where all compute threads of the cluster would fit on this machine.
+    """
+    pinned = config.pin_cores and not config.attention.num_gpus
+    return SPIN_S if pinned and config.num_compute_threads <= this_machine().num_usable else 0.0
+
+
 def _spec(
-    config: ClusterConfig, directory: Path, settings: ControllerSettings, index: int, cores: CoreShare | None
+    config: ClusterConfig,
+    directory: Path,
+    settings: ControllerSettings,
+    index: int,
+    cores: CoreShare | None,
+    spin_s: float,
 ) -> tuple[ShardSpec, ExpertsIn]:
     """What this replica's shard process is told, and where its experts are."""
     place = experts_in(config, describe_model(directory))
@@ -170,6 +186,7 @@ def _spec(
         channel=config.transport.channel,
         dispatch_format=config.transport.dispatch_format,
         host=host,
+        spin_s=spin_s,
         micro_batches=config.attention.micro_batches,
     )
     spec = ShardSpec(

@@ -10,6 +10,8 @@ from typing import Any
 from moeray.config import ChannelUsers, MicroBatches, RowFormatName
 
 ADDITIONAL_CONFIG_KEY = "moeray"
+SPIN_S = 200e-6
+"""How long a shard with cores of its own polls for its groups' answers: a few times what waking it up would cost."""
 BACKENDS = ("gloo", "nccl", "local")
 
 
@@ -25,6 +27,7 @@ class ShardSettings:
         timeout_s: an expert group that has not answered a layer call by then is lost.
         channel, dispatch_format: see `TransportSpec`.
         host: address this shard's end of the transport binds and connects from.
+        spin_s: see `TransportSpec`.
         micro_batches: which steps are computed in two halves, see `AttentionConfig`.
     """
 
@@ -36,6 +39,7 @@ class ShardSettings:
     channel: ChannelUsers = "same_user"
     dispatch_format: RowFormatName = "plain"
     host: str = "127.0.0.1"
+    spin_s: float = 0.0
     micro_batches: MicroBatches = "never"
 
     def __post_init__(self) -> None:

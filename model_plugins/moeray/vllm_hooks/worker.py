@@ -117,6 +117,7 @@ def _connect(settings: ShardSettings, vllm_config: Any, placement: Placement, ad
         channel=settings.channel,
         dispatch_format=settings.dispatch_format,
         reserved=hop.reserved,
+        spin_s=settings.spin_s,
         device=str(vllm_config.device_config.device),
     )
     return connect(spec, placement, addresses, _local_experts(settings, vllm_config))
