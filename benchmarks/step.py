@@ -129,6 +129,8 @@ class Topology:
         for engine in working:
             engine.tell("decode", steps)
         decoded: list[Decoded] = [engine.answer() for engine in working]
+        for engine in working if self.backend is not None else ():
+            engine.ask("disconnect")
         seconds = max(each.ended for each in decoded) - min(each.began for each in decoded)
         return Run(sum(each.tokens for each in decoded) / seconds, self._stages(decoded, steps))
 
@@ -164,7 +166,7 @@ def topologies_of(model: str, checkpoint: Path, effort: Effort) -> Iterator[list
         a, b = process(Engine, first), process(Engine, first)
         groups = {threads: process(Group, both) for threads in ((1, 2) if effort.all_topologies else (1,))}
         for threads, group in groups.items():
-            group.tell("serve", checkpoint, threads)
+            group.tell("serve", checkpoint, threads, threads == 1)  # with two it shares a core
         for engine in (one, two, a, b):
             engine.tell("start", checkpoint, engine in (a, b))
         for engine in (one, two, a, b):

@@ -79,6 +79,12 @@ class Engine:
         placement = one_group(Checkpoint.open(self.settings.checkpoint))
         self.engine.collective_rpc("moeray_connect", args=(placement.to_json(), [address]))
 
+    def disconnect(self) -> None:
+        """The group must not think that it has a shard whose call could come."""
+        from moeray.vllm_hooks.hop import hop
+
+        hop.replace(None)
+
     def move(self, cores: Sequence[int]) -> None:
         pin(cores)
 
@@ -122,7 +128,7 @@ class Group:
     servers: list[GroupServer] = field(default_factory=list)
     spent_ns: int = 0
 
-    def serve(self, checkpoint: Path, num_threads: int) -> str:
+    def serve(self, checkpoint: Path, num_threads: int, may_poll: bool) -> str:
         """Load all experts; returns the address."""
         opened = Checkpoint.open(checkpoint)
         shape = opened.shape
@@ -140,7 +146,7 @@ class Group:
             num_experts=shape.num_experts, num_layers=shape.num_layers, dtype=shape.dtype,
         )  # fmt: skip
         merge = experts.batch_invariant  # as the product does
-        self.servers.append(GroupServer(timed, identity, group=0, generation=1, merge_calls=merge))
+        self.servers.append(GroupServer(timed, identity, group=0, generation=1, merge_calls=merge, may_poll=may_poll))
         return self.servers[0].start()
 
     def move(self, cores: Sequence[int]) -> None:

@@ -13,6 +13,11 @@ from moeray.placement.cores import Cpu, Machine
 _QUIET_ROUNDS, _ROUND_S = 3, 0.002
 
 
+def has_core_for_each(num_threads: int) -> bool:
+    """Whether so many threads would all run at full speed here. Call it before pinning."""
+    return num_threads <= this_machine().num_usable
+
+
 def this_machine(root: Path = Path("/")) -> Machine:
     """What this thread may run on. Call it before pinning: afterwards the machine looks as small as the share.
 

@@ -8,8 +8,9 @@ The socket's address is abstract: it exists in the network namespace and not in 
 it without a shared volume; processes that do not share it (other pods, other nodes) cannot connect and use the remote
 backend. Each end asks the kernel for the other's user (SO_PEERCRED).
 
-How a wait ends is a choice of the placement: a shard with cores of its own may poll for `spin_s` before it sleeps,
-which saves the wake-up (measured: 50 -> 17 us per round trip with one end polling); on a shared core it must not.
+How a wait ends is a choice of the placement: an end with cores of its own may poll for a while before it sleeps, which
+saves the wake-up and keeps its caches warm; on a shared core it must not. Measured on two cores: a round trip takes 33
+us with the shard polling and 50 without; between the layers of a small model, a group that slept answers 0.1 ms later.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import secrets
 import select
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from time import monotonic, perf_counter
 
@@ -33,6 +34,8 @@ from moeray.transport.communicator import LinkBroken, Message
 CALL = struct.Struct("=4q")  # offset and bytes of the message and of the reply's room
 ANSWER = struct.Struct("=q")  # bytes of the reply
 CREDENTIALS = struct.Struct("=3i")  # struct ucred: pid, uid, gid
+IDLE_SPIN_S = 4e-3
+"""Longer than a shard takes from one layer of a small model to the next, and not much."""
 CLOSED = "connection closed by peer"
 
 
@@ -131,16 +134,22 @@ class GroupChannel:
 
     device = torch.device("cpu")
 
-    def __init__(self, connection: socket.socket, arena: Arena) -> None:
+    def __init__(self, connection: socket.socket, arena: Arena, may_poll: Callable[[], bool] = lambda: False) -> None:
+        """Take both over.
+
+        Args:
+            may_poll: whether to wait for the next call awake, for IDLE_SPIN_S at most.
+        """
         self._connection = connection
         self._arena = arena
+        self._may_poll = may_poll
         self._reply_at = self._reply_bytes = 0
 
     def next_block(self, reply: Tensor | None) -> Tensor:
         try:
             if reply is not None:
                 self._connection.send(ANSWER.pack(reply.nbytes))
-            call = self._connection.recv(CALL.size)
+            call = self._next_call()
         except OSError as error:
             raise LinkBroken(0, _reason(error)) from None
         if not call:
@@ -149,6 +158,16 @@ class GroupChannel:
             raise ValueError(f"a call of {len(call)} bytes; {CALL.size} is legal")
         offset, num_bytes, self._reply_at, self._reply_bytes = CALL.unpack(call)
         return self._arena.view(offset, num_bytes)
+
+    def _next_call(self) -> bytes:
+        if self._may_poll():
+            until = perf_counter() + IDLE_SPIN_S
+            while perf_counter() < until:
+                try:
+                    return self._connection.recv(CALL.size, socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    os.sched_yield()
+        return self._connection.recv(CALL.size)
 
     def payload(self, num_bytes: int) -> Tensor:
         raise ValueError(f"a second message of {num_bytes} bytes by channel")
@@ -179,9 +198,11 @@ class ChannelListener:
         """For the hello."""
         return self._name
 
-    def accept(self, timeout_s: float) -> GroupChannel:
+    def accept(self, timeout_s: float, may_poll: Callable[[], bool] = lambda: False) -> GroupChannel:
         """The shard that has said it would come; strangers are sent away.
 
+        Args:
+            may_poll: see `GroupChannel`.
         Raises:
             TimeoutError: it did not.
             OSError, ValueError: it did not send its arena.
@@ -203,7 +224,7 @@ class ChannelListener:
         except BaseException:
             connection.close()
             raise
-        return GroupChannel(connection, arena)
+        return GroupChannel(connection, arena, may_poll)
 
     def close(self) -> None:
         self._socket.close()

@@ -68,6 +68,7 @@ class GroupServer:
         device: str = "cpu",
         channel: ChannelUsers = "same_user",
         merge_calls: bool = False,
+        may_poll: bool = False,
     ) -> None:
         """Keep the settings; `start` listens.
 
@@ -77,8 +78,10 @@ class GroupServer:
             host: the only address listened on; port 0 takes a free one.
             merge_calls: compute calls of several shards as one; only right where a row's bits do not depend on the
                 other rows of its call.
+            may_poll: no other process needs this one's cores: a single shard's next call is awaited without sleeping.
             channel: which shards of this node may use shared memory instead of the backend (gloo only).
         """
+        self._may_poll = may_poll
         self._merged = MergedCompute(compute) if merge_calls else None
         self._compute = self._merged or compute
         self._hello = Hello(
@@ -124,6 +127,10 @@ class GroupServer:
         """Shards being served now."""
         with self._lock:
             return tuple(shard for shard in self._shards if shard.serving)
+
+    def _is_alone(self) -> bool:
+        """Whether the asking shard is the only one: another one's computation would need the core."""
+        return len(self._shards) == 1
 
     def stop(self, timeout_s: float = 5.0) -> None:
         """Refuse new shards and cut the connected ones; a call in progress is still answered. Idempotent.
@@ -218,7 +225,7 @@ class GroupServer:
         if start.by_channel:
             if listener is None:
                 raise HandshakeRefused("it comes by a channel that was not offered")
-            link = listener.accept(timeout_s)
+            link = listener.accept(timeout_s, self._is_alone if self._may_poll else lambda: False)
         else:
             communicator = build_communicator(
                 theirs.backend,

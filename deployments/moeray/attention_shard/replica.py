@@ -22,7 +22,7 @@ from moeray.controller.settings import ControllerSettings
 from moeray.deepseek_v4.source import locate
 from moeray.membership import Role, View
 from moeray.placement import CoreShare
-from moeray.placement.machine import this_machine
+from moeray.placement.machine import has_core_for_each
 from moeray.vllm_hooks.served_model import ExpertsIn, describe_model, experts_in
 from moeray.vllm_hooks.settings import SPIN_S, ShardSettings
 
@@ -163,7 +163,7 @@ def _spin_s(config: ClusterConfig) -> float:
     Like a relay's own core, granted where all compute threads of the cluster would fit on this machine.
     """
     pinned = config.pin_cores and not config.attention.num_gpus
-    return SPIN_S if pinned and config.num_compute_threads <= this_machine().num_usable else 0.0
+    return SPIN_S if pinned and has_core_for_each(config.num_compute_threads) else 0.0
 
 
 def _spec(

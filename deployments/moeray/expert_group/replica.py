@@ -12,6 +12,7 @@ from moeray.config import ClusterConfig
 from moeray.controller.member import ClusterMember
 from moeray.controller.settings import ControllerSettings
 from moeray.membership import Role, View
+from moeray.placement.machine import has_core_for_each
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -39,10 +40,12 @@ class ExpertGroup:
         self._server: GroupServer | None = None
         self._address = ""
         self._num_copies = 0
+        self._may_poll = False
         self._member = ClusterMember(Role.EXPERT_GROUP, settings)
         self._group = await self._member.join()
         self._member.every(REPORT_S, self._report)
         if config.pin_cores and not config.experts.num_gpus:
+            self._may_poll = has_core_for_each(config.num_compute_threads)
             await self._member.take_cores(config.experts.num_threads, config.num_threads)
         identity = await asyncio.to_thread(self._load, config, model, settings)
         await self._member.identify(asdict(identity))
@@ -81,7 +84,7 @@ class ExpertGroup:
         self._server = GroupServer(
             self._experts, identity, group=self._group, generation=0, host=ray.util.get_node_ip_address(),
             backend=config.transport.backend, device=str(device), channel=config.transport.channel,
-            merge_calls=self._experts.batch_invariant,
+            merge_calls=self._experts.batch_invariant, may_poll=self._may_poll,
         )  # fmt: skip
         self._address = self._server.start()
         return identity
