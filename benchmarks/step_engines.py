@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moeray.deepseek_v4 import Checkpoint, RoutedExperts
 from moeray.placement import Placement, contiguous
-from moeray.transport import GroupServer, ModelIdentity
+from moeray.transport import GroupServer, MergedCompute, ModelIdentity
 
 PROMPT_TOKENS, MAX_REQUESTS, KV_BYTES = 16, 64, 1 << 30
 TIMEOUT_S = 120.0
@@ -135,9 +135,9 @@ class Group:
         held = dict.fromkeys(shape.moe_layers, tuple(range(shape.num_experts)))
         experts = RoutedExperts.load(opened, held, num_threads=num_threads)
 
-        def timed(layer: int, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
+        def timed(layer: int, x_TD: Tensor, ids_TK: Tensor, out_PD: Tensor | None) -> Tensor:
             began = time.perf_counter_ns()
-            rows_PD = experts(layer, x_TD, ids_TK)
+            rows_PD = experts(layer, x_TD, ids_TK, out_PD)
             self.spent_ns += time.perf_counter_ns() - began
             return rows_PD
 
@@ -145,8 +145,8 @@ class Group:
             fingerprint=opened.fingerprint(), hidden_size=shape.hidden_size, top_k=shape.top_k,
             num_experts=shape.num_experts, num_layers=shape.num_layers, dtype=shape.dtype,
         )  # fmt: skip
-        merge = experts.batch_invariant  # as the product does
-        self.servers.append(GroupServer(timed, identity, group=0, generation=1, merge_calls=merge, may_poll=may_poll))
+        server = GroupServer(MergedCompute(timed), identity, group=0, generation=1, may_poll=may_poll)
+        self.servers.append(server)
         return self.servers[0].start()
 
     def move(self, cores: Sequence[int]) -> None:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -53,19 +54,20 @@ def test_a_shard_talks_to_other_users_groups_only_if_told_to(users: str, reached
 def test_a_group_sends_strangers_away_and_still_takes_its_shard() -> None:
     listener = ChannelListener("same_user")
     accepted: list[GroupChannel] = []
-    waiting = threading.Thread(target=lambda: accepted.append(listener.accept(30)))
+    waiting = threading.Thread(target=lambda: accepted.append(listener.accept("token", 30)))
     waiting.start()
 
     def stranger() -> bool:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         connection.connect(f"\0{listener.name}")
-        share_arena(connection, Arena.create(4096))
+        share_arena(connection, Arena.create(4096), "token")
+        connection.settimeout(20)
         return connection.recv(8) == b""
 
     assert in_child(stranger)
     ours = open_channel(listener.name, "same_user")
     assert ours is not None and user_of(ours) == os.geteuid()
-    share_arena(ours, Arena.create(4096))
+    share_arena(ours, Arena.create(4096), "token")
     waiting.join(30)
     assert len(accepted) == 1
     ours.close()
@@ -73,6 +75,26 @@ def test_a_group_sends_strangers_away_and_still_takes_its_shard() -> None:
         accepted[0].next_block(None)
     accepted[0].close()
     listener.close()
+
+
+def test_nobody_without_the_token_takes_a_shards_place() -> None:
+    """Its own user's processes, and with `any_user` all of the machine, can see where a group listens."""
+    listener = ChannelListener("any_user")
+    silent, wrong, right = (open_channel(listener.name, "any_user") for _ in range(3))
+    assert silent is not None and wrong is not None and right is not None
+    share_arena(wrong, Arena.create(4096), "guess")
+    share_arena(right, Arena.create(4096), "token")
+    channel = listener.accept("token", 30)
+    right.send(CALL.pack(0, 64, 0, 0))
+    assert len(channel.next_block(None)) == 64
+    for stranger in (silent, wrong):
+        stranger.settimeout(20)
+        with suppress(ConnectionResetError):
+            assert stranger.recv(8) == b""
+        stranger.close()
+    channel.close()
+    listener.close()
+    right.close()
 
 
 LISTENER = """
@@ -121,7 +143,7 @@ def test_a_listener_that_is_gone_or_elsewhere_means_no_channel() -> None:
 def test_a_group_waits_for_its_shard_for_a_bounded_time() -> None:
     listener = ChannelListener("same_user")
     with pytest.raises(TimeoutError):
-        listener.accept(0.1)
+        listener.accept("token", 0.1)
     listener.close()
 
 
@@ -181,8 +203,9 @@ def test_a_group_drops_a_shard_that_sends_garbage_and_serves_the_others(groups: 
             send_message(control, hello.to_json(), deadline)
             bell = open_channel(receive_message(control, deadline)["channel"], "same_user")
             assert bell is not None
-            share_arena(bell, Arena.create(1 << 16))
-            send_message(control, {"rank": 0, "size": 1, "store": "", "connect_timeout_s": 20}, deadline)
+            share_arena(bell, Arena.create(1 << 16), "word")
+            start = {"rank": 0, "size": 1, "store": "", "connect_timeout_s": 20, "token": "word"}
+            send_message(control, start, deadline)
             assert receive_message(control, deadline) == {"ready": True}
             bell.send(CALL.pack(0, 1 << 16, 0, 0))  # zeros are no header
             assert bell.recv(8) == b""

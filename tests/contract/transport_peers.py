@@ -24,7 +24,15 @@ from torch import Tensor
 from moeray.config import ChannelUsers
 from moeray.deepseek_v4.experts import ExpertWeights, RoutedExperts
 from moeray.placement import Placement
-from moeray.transport import GroupServer, LocalTransport, ModelIdentity, Transport, TransportSpec, connect
+from moeray.transport import (
+    GroupServer,
+    LocalTransport,
+    MergedCompute,
+    ModelIdentity,
+    Transport,
+    TransportSpec,
+    connect,
+)
 
 NUM_LAYERS, WIDTH, LIMIT = 2, 16, 1.0
 LINKS = ("channel", "gloo", "mixed")
@@ -130,24 +138,24 @@ class ServerSettings:
         }
         experts = self.model.experts(held)
 
-        def slow(layer: int, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
+        def slow(layer: int, x_TD: Tensor, ids_TK: Tensor, out_PD: Tensor | None) -> Tensor:
             time.sleep(self.delay_s)
-            return experts(layer, x_TD, ids_TK)
+            return experts(layer, x_TD, ids_TK, out_PD)
 
-        def lying(layer: int, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
-            rows_PD = experts(layer, x_TD, ids_TK)
+        def lying(layer: int, x_TD: Tensor, ids_TK: Tensor, out_PD: Tensor | None) -> Tensor:
+            rows_PD = experts(layer, x_TD, ids_TK, out_PD)
             rows_PD[ids_TK[ids_TK >= 0] == self.lies_about, -1] = self.lie
             return rows_PD
 
+        compute = slow if self.delay_s else lying if self.lies_about is not None else experts
         return GroupServer(
-            slow if self.delay_s else lying if self.lies_about is not None else experts,
+            MergedCompute(compute),
             self.model.identity,
             group=self.group,
             generation=self.placement.generation,
             host=self.host,
             backend=self.backend,
             channel=self.channel,
-            merge_calls=experts.batch_invariant,
         )
 
 

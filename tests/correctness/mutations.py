@@ -243,7 +243,7 @@ MUTATIONS = (
     Mutation(
         "every layer uses the first layer's expert map", "cluster/moeray/transport/all_to_all.py",
         "placement.group_of_expert(layer, shard) for layer", "placement.group_of_expert(0, shard) for layer",
-        "tests/contract/test_transport.py::test_gloo_gives_the_oracles_bits_for_every_placement",
+        "tests/contract/test_transport.py::test_every_link_gives_the_oracles_bits_for_every_placement",
     ),
     Mutation(
         "an expert is looked for in the next group", "cluster/moeray/placement/expert_map.py",
@@ -251,9 +251,19 @@ MUTATIONS = (
         "tests/unit/placement/test_expert_map.py::test_the_serving_group_of_every_expert_holds_it_for_every_shard",
     ),
     Mutation(
-        "answers are taken one row too early", "cluster/moeray/transport/packing.py",
-        "status_rows * (owner_P[order] + 1)", "status_rows * (owner_P[order] + 1) - 1",
-        "tests/unit/transport/test_packing.py::test_every_pair_reaches_its_group_once_and_its_answer_is_found",
+        "answers are taken one row too early", "cluster/moeray/transport/packing_kernel.py",
+        "answer_N[group] = answer + status_rows", "answer_N[group] = answer + status_rows - 1",
+        "tests/unit/transport/test_packing.py::test_every_pair_reaches_its_group_once_and_its_answer_is_found[host]",
+    ),
+    Mutation(
+        "a merged call gets the rows of the call before it", "cluster/moeray/transport/merging.py",
+        "zip(batch, rows_PD.split", "zip(batch[::-1], rows_PD.split",
+        "tests/unit/transport/test_merging.py::test_calls_of_one_layer_that_waited_are_one_call_and_others_are_not_starved",
+    ),
+    Mutation(
+        "a group reads its rows at the wrong place of the arena", "cluster/moeray/transport/channel.py",
+        "return self._arena.view(offset, num_bytes)", "return self._arena.view(offset + 64, num_bytes - 64)",
+        "tests/contract/test_transport.py::test_every_link_gives_the_oracles_bits_for_every_placement",
     ),
     Mutation(
         "a stale generation is accepted", "cluster/moeray/transport/session.py",

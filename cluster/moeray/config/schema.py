@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 POOL_LABEL = "pool"
@@ -45,7 +45,7 @@ class AttentionConfig:
     num_shards: Count = 2
     engine_args: dict[str, Any] = Field(default_factory=dict)
     num_threads: Count = 1
-    micro_batches: MicroBatches = "measured"
+    micro_batches: MicroBatches = "never"
     num_cpus: Share = 0.1
     num_gpus: Share = 0
     label_selector: Labels | None = None
@@ -76,6 +76,11 @@ class ExpertsConfig:
     label_selector: Labels | None = None
 
 
+def _off(value: object) -> object:
+    """YAML reads a bare `off` as false."""
+    return "off" if value is False else value
+
+
 @dataclass(frozen=True, config=_FROM_FILE)
 class TransportConfig:
     """How dispatch and combine move bytes.
@@ -90,7 +95,7 @@ class TransportConfig:
     """
 
     backend: Literal["gloo", "nccl", "local"] = "gloo"
-    channel: ChannelUsers = "same_user"
+    channel: Annotated[ChannelUsers, BeforeValidator(_off)] = "same_user"
     dispatch_format: RowFormatName = "plain"
     timeout_s: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)] = 10.0
 

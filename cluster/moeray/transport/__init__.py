@@ -5,6 +5,7 @@ from moeray.transport.errors import GroupFailed, HandshakeRefused, PeerLost, Sta
 from moeray.transport.handshake import ModelIdentity
 from moeray.transport.interface import DispatchHandle, ExpertCompute, Transport
 from moeray.transport.local import LocalTransport
+from moeray.transport.merging import MergedCompute
 from moeray.transport.server import GroupServer
 from moeray.transport.timings import HopTimings
 
@@ -16,6 +17,7 @@ __all__ = [
     "HandshakeRefused",
     "HopTimings",
     "LocalTransport",
+    "MergedCompute",
     "ModelIdentity",
     "PeerLost",
     "StaleGeneration",

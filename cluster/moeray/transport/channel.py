@@ -6,7 +6,8 @@ The system calls order memory for both ends, on any architecture.
 
 The socket's address is abstract: it exists in the network namespace and not in a file system. Containers of a pod share
 it without a shared volume; processes that do not share it (other pods, other nodes) cannot connect and use the remote
-backend. Each end asks the kernel for the other's user (SO_PEERCRED).
+backend. Each end asks the kernel for the other's user (SO_PEERCRED), and the shard proves by a token, told over the
+handshake's connection, that it is the one that was expected.
 
 How a wait ends is a choice of the placement: an end with cores of its own may poll for a while before it sleeps, which
 saves the wake-up and keeps its caches warm; on a shared core it must not. Measured on two cores: a round trip takes 33
@@ -36,6 +37,9 @@ ANSWER = struct.Struct("=q")  # bytes of the reply
 CREDENTIALS = struct.Struct("=3i")  # struct ucred: pid, uid, gid
 IDLE_SPIN_S = 4e-3
 """Longer than a shard takes from one layer of a small model to the next, and not much."""
+FIRST_WORD_S = 1.0
+"""A shard sends it before it says that it comes."""
+MAX_TOKEN_BYTES = 64
 CLOSED = "connection closed by peer"
 
 
@@ -198,33 +202,45 @@ class ChannelListener:
         """For the hello."""
         return self._name
 
-    def accept(self, timeout_s: float, may_poll: Callable[[], bool] = lambda: False) -> GroupChannel:
+    def accept(self, token: str, timeout_s: float, may_poll: Callable[[], bool] = lambda: False) -> GroupChannel:
         """The shard that has said it would come; strangers are sent away.
 
         Args:
+            token: what it sends with its arena; any local process may find the listener, nobody else knows this.
             may_poll: see `GroupChannel`.
         Raises:
-            TimeoutError: it did not.
-            OSError, ValueError: it did not send its arena.
+            TimeoutError: it did not come.
+            OSError, ValueError: its arena cannot be used.
         """
         deadline = monotonic() + timeout_s
         while True:
             self._socket.settimeout(max(0.001, deadline - monotonic()))
             connection, _ = self._socket.accept()
-            if self._users == "any_user" or user_of(connection) == os.geteuid():
+            descriptor = self._arena_of(connection, token)
+            if descriptor is not None:
                 break
             connection.close()
         try:
-            connection.settimeout(max(0.001, deadline - monotonic()))
-            _, descriptors, _, _ = socket.recv_fds(connection, 1, 1)
-            if not descriptors:
-                raise ValueError("the shard sent no shared memory")
-            arena = Arena.join(descriptors[0])
-            connection.settimeout(None)
+            arena = Arena.join(descriptor)
         except BaseException:
             connection.close()
             raise
+        connection.settimeout(None)
         return GroupChannel(connection, arena, may_poll)
+
+    def _arena_of(self, connection: socket.socket, token: str) -> int | None:
+        """The arena that came with the token; None from a stranger, whose silence costs FIRST_WORD_S."""
+        if self._users != "any_user" and user_of(connection) != os.geteuid():
+            return None
+        connection.settimeout(FIRST_WORD_S)
+        descriptors: list[int] = []
+        with suppress(OSError):
+            word, descriptors, _, _ = socket.recv_fds(connection, MAX_TOKEN_BYTES, 1)
+            if descriptors and secrets.compare_digest(word, token.encode()):
+                return descriptors[0]
+        for descriptor in descriptors:
+            os.close(descriptor)
+        return None
 
     def close(self) -> None:
         self._socket.close()
@@ -247,13 +263,15 @@ def open_channel(name: str, users: ChannelUsers) -> socket.socket | None:
     return None
 
 
-def share_arena(connection: socket.socket, arena: Arena) -> None:
+def share_arena(connection: socket.socket, arena: Arena, token: str) -> None:
     """The shard's first word on a new channel.
 
+    Args:
+        token: that it also sends over the handshake's connection, so that the group knows whose channel this is.
     Raises:
         OSError: the group is gone.
     """
-    socket.send_fds(connection, [b"a"], [arena.descriptor])
+    socket.send_fds(connection, [token.encode()], [arena.descriptor])
 
 
 def user_of(connection: socket.socket) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pickle import UnpicklingError
 from time import perf_counter
 from typing import Any
 
@@ -32,10 +33,12 @@ def compiled(function: Callable[..., Any], signature: tuple[Any, ...]) -> Callab
     started = perf_counter()
     try:
         dispatcher = njit(nogil=True, cache=True, error_model="numpy")(function)
-    except RuntimeError as error:  # numba's way to say that neither the package's nor the user's folder can be written
-        logger.info("%s is compiled at every start: %s", function.__qualname__, error)
+        dispatcher.compile(signature)
+    except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
+        # No folder can be written (numba's RuntimeError), the disk is full, or a copy on it was cut short.
+        logger.warning("%s is compiled without a copy on disk: %s", function.__qualname__, error)
         dispatcher = njit(nogil=True, error_model="numpy")(function)
-    dispatcher.compile(signature)
+        dispatcher.compile(signature)
     dispatcher.disable_compile()  # other arguments are an error, not seconds of compiling in the middle of a request
     seconds = perf_counter() - started
     if seconds > SLOW_S:

@@ -131,12 +131,14 @@ class Start:
         size: of that communicator, the shard included.
         store: "host:port" of the store through which its ends find each other; "" for a channel.
         connect_timeout_s: for building it.
+        token: what the shard has sent on its channel; "" without one. Others cannot know it.
     """
 
     rank: int
     size: int
     store: str
     connect_timeout_s: float
+    token: str = ""
 
     @property
     def by_channel(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import socket
 from dataclasses import dataclass
 
@@ -57,13 +58,14 @@ def build_links(
     """
     channels: dict[int, socket.socket] = {}
     arena: Arena | None = None
+    token = secrets.token_hex(16)
     try:
         if backend in CHANNEL_BACKENDS:
             channels = _channels(rendezvous.channels, users)
         if channels:
             arena = Arena.create(room_for(geometry, max_tokens, num_groups))
             for group, connection in channels.items():
-                _share(group, connection, arena)
+                _share(group, connection, arena, token)
         remote = [group for group in range(num_groups) if group not in channels]
         store, address = host_store(host, connect_timeout_s) if remote else (None, "")
         rendezvous.start(
@@ -73,6 +75,7 @@ def build_links(
                     size=1 + len(remote),
                     store="" if group in channels else address,
                     connect_timeout_s=connect_timeout_s,
+                    token=token if group in channels else "",
                 )
                 for group in range(num_groups)
             ]
@@ -122,9 +125,9 @@ def _channels(names: tuple[str, ...], users: ChannelUsers) -> dict[int, socket.s
     return {group: connection for group, connection in found.items() if connection is not None}
 
 
-def _share(group: int, connection: socket.socket, arena: Arena) -> None:
+def _share(group: int, connection: socket.socket, arena: Arena, token: str) -> None:
     try:
-        share_arena(connection, arena)
+        share_arena(connection, arena, token)
     except OSError as error:
         raise PeerLost(group, f"did not take the shared memory: {error}") from None
 

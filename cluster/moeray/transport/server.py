@@ -25,7 +25,7 @@ from moeray.transport.interface import ExpertCompute
 from moeray.transport.links import CHANNEL_BACKENDS
 from moeray.transport.merging import MergedCompute
 from moeray.transport.rendezvous import keep_alive, peer_has_gone
-from moeray.transport.session import BufferedLink, GroupLink, Session, SessionCounts
+from moeray.transport.session import BufferedLink, ComputeInto, GroupLink, Session, SessionCounts, copying
 
 HANDSHAKE_TIMEOUT_S = 5.0
 MAX_CONNECT_TIMEOUT_S = 120.0
@@ -57,7 +57,7 @@ class GroupServer:
 
     def __init__(
         self,
-        compute: ExpertCompute,
+        compute: ExpertCompute | MergedCompute,
         identity: ModelIdentity,
         *,
         group: int,
@@ -67,23 +67,19 @@ class GroupServer:
         backend: str = "gloo",
         device: str = "cpu",
         channel: ChannelUsers = "same_user",
-        merge_calls: bool = False,
         may_poll: bool = False,
     ) -> None:
         """Keep the settings; `start` listens.
 
         Args:
-            compute: called from several threads at once, unless calls are merged.
+            compute: called from several threads at once; a `MergedCompute` lets calls of several shards be one.
             group: index of this group in the placement.
             host: the only address listened on; port 0 takes a free one.
-            merge_calls: compute calls of several shards as one; only right where a row's bits do not depend on the
-                other rows of its call.
             may_poll: no other process needs this one's cores: a single shard's next call is awaited without sleeping.
             channel: which shards of this node may use shared memory instead of the backend (gloo only).
         """
         self._may_poll = may_poll
-        self._merged = MergedCompute(compute) if merge_calls else None
-        self._compute = self._merged or compute
+        self._compute: ComputeInto = compute if isinstance(compute, MergedCompute) else copying(compute)
         self._hello = Hello(
             sender=f"expert group {group}",
             backend=backend,
@@ -113,11 +109,6 @@ class GroupServer:
     @property
     def generation(self) -> int:
         return self._hello.generation
-
-    @property
-    def calls_per_batch(self) -> float:
-        """Calls that were computed as one, on average; 1 where nothing is merged."""
-        return self._merged.calls_per_batch if self._merged else 1.0
 
     def set_generation(self, generation: int) -> None:
         """From now on, shards of another generation are refused, and calls of connected ones fail as stale."""
@@ -225,7 +216,7 @@ class GroupServer:
         if start.by_channel:
             if listener is None:
                 raise HandshakeRefused("it comes by a channel that was not offered")
-            link = listener.accept(timeout_s, self._is_alone if self._may_poll else lambda: False)
+            link = listener.accept(start.token, timeout_s, self._is_alone if self._may_poll else lambda: False)
         else:
             communicator = build_communicator(
                 theirs.backend,

@@ -13,6 +13,8 @@ from moeray.transport.communicator import Communicator, LinkBroken
 from moeray.transport.interface import ExpertCompute
 from moeray.transport.wire import HEADER_BYTES, Flags, Geometry, Header, Status, read_header, write_status
 
+ComputeInto = Callable[[int, Tensor, Tensor, Tensor], None]
+"""`compute_into(layer, x_TD, expert_ids_TK, room_PD)`: `ExpertCompute` with its rows written where they will lie."""
 LARGE, PROBE, EXACT = int(Flags.LARGE), int(Flags.PROBE), int(Flags.EXACT)
 MAX_VIEWS = 256
 
@@ -115,11 +117,24 @@ class SessionCounts:
     failures: int = 0
 
 
+def copying(compute: ExpertCompute) -> ComputeInto:
+    """Its rows, copied."""
+
+    def compute_into(layer: int, x_TD: Tensor, ids_TK: Tensor, room_PD: Tensor) -> None:
+        rows_PD = compute(layer, x_TD, ids_TK)
+        if rows_PD.shape != room_PD.shape or rows_PD.dtype != room_PD.dtype:
+            given, asked = ((each.dtype, list(each.shape)) for each in (rows_PD, room_PD))
+            raise ValueError(f"the experts gave {given[0]} {given[1]}, asked were {asked[0]} {asked[1]}")
+        room_PD.copy_(rows_PD)
+
+    return compute_into
+
+
 class Session:
     """Serves one shard; its thread alone uses it."""
 
     def __init__(
-        self, link: GroupLink, geometry: Geometry, compute: ExpertCompute, generation: Callable[[], int]
+        self, link: GroupLink, geometry: Geometry, compute: ComputeInto, generation: Callable[[], int]
     ) -> None:
         """Nothing is received yet.
 
@@ -190,10 +205,7 @@ class Session:
         return views
 
     def _compute_rows(self, header: Header, x_TB: Tensor, ids_TK: Tensor, reply: Tensor) -> None:
-        geometry, num_pairs = self._geometry, header.num_pairs
-        rows_PD = self._compute(header.layer, geometry.dispatched.decode(x_TB), ids_TK)
-        expected = (num_pairs, geometry.hidden_size)
-        if rows_PD.shape != expected or rows_PD.dtype != geometry.dtype:
-            raise ValueError(f"the experts gave {rows_PD.dtype} {list(rows_PD.shape)}, asked were {list(expected)}")
+        geometry = self._geometry
         reply_RD = reply.view(geometry.dtype).view(-1, geometry.hidden_size)
-        reply_RD[geometry.status_rows : geometry.status_rows + num_pairs] = rows_PD
+        room_PD = reply_RD[geometry.status_rows : geometry.status_rows + header.num_pairs]
+        self._compute(header.layer, geometry.dispatched.decode(x_TB), ids_TK, room_PD)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from moeray.deepseek_v4 import Checkpoint, RoutedExperts
     from moeray.deepseek_v4.experts import Progress
-    from moeray.transport import GroupServer, ModelIdentity
+    from moeray.transport import GroupServer, MergedCompute, ModelIdentity
     from moeray.vllm_hooks.kernel_experts import KernelExperts
 
 REPORT_S = 0.5
@@ -38,6 +38,7 @@ class ExpertGroup:
         self._stage = "starting"
         self._experts: RoutedExperts | KernelExperts | None = None
         self._server: GroupServer | None = None
+        self._merged: MergedCompute | None = None
         self._address = ""
         self._num_copies = 0
         self._may_poll = False
@@ -65,9 +66,9 @@ class ExpertGroup:
         on_gpu = config.experts.num_gpus > 0
         import torch
 
-        from moeray.deepseek_v4 import Checkpoint
+        from moeray.deepseek_v4 import Checkpoint, RoutedExperts
         from moeray.deepseek_v4.source import locate
-        from moeray.transport import GroupServer, ModelIdentity
+        from moeray.transport import GroupServer, MergedCompute, ModelIdentity
 
         torch.set_num_threads(config.experts.num_threads)
         checkpoint = Checkpoint.open(locate(model))
@@ -81,10 +82,12 @@ class ExpertGroup:
             fingerprint=checkpoint.fingerprint(), hidden_size=shape.hidden_size, top_k=shape.top_k,
             num_experts=shape.num_experts, num_layers=shape.num_layers, dtype=shape.dtype,
         )  # fmt: skip
+        if isinstance(self._experts, RoutedExperts) and self._experts.batch_invariant:
+            self._merged = MergedCompute(self._experts)
         self._server = GroupServer(
-            self._experts, identity, group=self._group, generation=0, host=ray.util.get_node_ip_address(),
-            backend=config.transport.backend, device=str(device), channel=config.transport.channel,
-            merge_calls=self._experts.batch_invariant, may_poll=self._may_poll,
+            self._merged or self._experts, identity, group=self._group, generation=0,
+            host=ray.util.get_node_ip_address(), backend=config.transport.backend, device=str(device),
+            channel=config.transport.channel, may_poll=self._may_poll,
         )  # fmt: skip
         self._address = self._server.start()
         return identity
@@ -111,7 +114,7 @@ class ExpertGroup:
                 "held": held,
                 "bytes": self._experts.bytes_read,
                 "routed_tokens": int(tokens.sum()),
-                "calls_per_batch": round(self._server.calls_per_batch, 2) if self._server else 1.0,
+                "calls_per_batch": round(self._merged.calls_per_batch, 2) if self._merged else 1.0,
                 "tokens_per_layer": {layer: tokens[layer].tolist() for layer in held},
             },
             **self._member.cores(),

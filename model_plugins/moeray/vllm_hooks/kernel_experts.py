@@ -47,8 +47,6 @@ CHECK_ROWS, CHECK_TOLERANCE = 4, 0.1
 class KernelExperts:
     """See module docstring. Calls from several threads are serialised: the kernels share vLLM's workspace."""
 
-    batch_invariant = False  # vLLM chooses the kernel's tiles by the number of rows
-
     def __init__(self, layers: Mapping[int, Any], held: Mapping[int, Sequence[int]], counts: RowCounts) -> None:
         self._layers = layers
         self._held = {layer: tuple(sorted(experts)) for layer, experts in held.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import subprocess
 import sys
@@ -30,8 +31,20 @@ def test_a_function_works_where_nothing_can_be_kept(
         function = compiled(_add_products, SIGNATURE)
     assert function(2.0, 3.0, 4.0) == 10.0
     first, last = (record.message for record in caplog.records)
-    assert first.startswith("_add_products is compiled at every start")
+    assert first.startswith("_add_products is compiled without a copy on disk")
     assert last.startswith("compiled _add_products in")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), EOFError("cut short")])
+@pytest.mark.parametrize("step", ["load_overload", "save_overload"])
+def test_a_full_disk_or_a_damaged_copy_costs_a_compilation_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, step: str, error: Exception
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(caching.FunctionCache, step, fail)
+    assert compiled(_add_products, SIGNATURE)(2.0, 3.0, 4.0) == 10.0
 
 
 def test_nothing_is_compiled_or_imported_for_it_by_importing_the_transport() -> None:
