@@ -241,11 +241,12 @@ class AllToAllTransport:
     def _read_statuses(self, handle: AllToAllHandle) -> GroupFailed | StaleGeneration | None:
         """The first group's error, if any. A reply that does not belong to this call poisons."""
         begin, row_bytes = 0, self._geometry.row_bytes
+        statuses = self._host_replies or self._copied_statuses(handle.reply_rows)
         for group, num_rows in enumerate(handle.reply_rows):
             offset = begin * row_bytes
             begin += num_rows
             try:
-                status = read_status(*self._status_at(offset))
+                status = read_status(statuses, offset if self._host_replies else group * STATUS_BYTES)
             except ValueError as error:
                 raise self._lost(1 + group, str(error)) from None
             if status.status is Status.STALE:
@@ -256,12 +257,13 @@ class AllToAllTransport:
                 return GroupFailed(group, status.text)
         return None
 
-    def _status_at(self, offset: int) -> tuple[memoryview, int]:
-        """Host memory, and where in it the reply at `offset` begins."""
-        if self._host_replies is not None:
-            return self._host_replies, offset
-        raw = self._replies.view(-1).view(torch.uint8)[offset : offset + STATUS_BYTES]
-        return raw.cpu().numpy().data, 0
+    def _copied_statuses(self, reply_rows: list[int]) -> memoryview:
+        """All statuses from the device, one after the other, in one copy."""
+        raw, begin, found = self._replies.view(-1).view(torch.uint8), 0, []
+        for num_rows in reply_rows:
+            found.append(raw[begin : begin + STATUS_BYTES])
+            begin += num_rows * self._geometry.row_bytes
+        return torch.cat(found).cpu().numpy().data
 
     def _lost(self, peer: int, reason: str) -> TransportError:
         gone = self._rendezvous.gone_group()

@@ -7,8 +7,10 @@ polling (NCCL itself never gives up on a dead peer), so that a timeout, or the e
 `peer_gone` reports, aborts the communicator (`ncclCommAbort`) instead of hanging the stream.
 
 Sizes are bucketed: for decode batches neither dispatch nor reply size depends on the routing, so the shard's host
-never waits for the routing result; it waits once per layer, in combine, for the replies' status. This host wait is a
-break in a CUDA graph: vllm_hooks wraps dispatch and combine in `eager_break_during_capture`.
+never waits for the routing result; it waits twice per layer, in combine: for the replies' statuses, and to know
+whether the sum is finite. These waits are a break in a CUDA graph: vllm_hooks wraps dispatch and combine in
+`eager_break_during_capture`. Every reply has room for all pairs of the bucket, so its unused bytes grow with the number
+of groups: meant for a few groups per shard.
 A group with several shards has one receive kernel waiting per shard; `options.config.max_ctas` keeps each to one SM.
 """
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -92,14 +91,14 @@ def choose(runner: Any) -> Plan:
 
 
 def _measure(runner: Any, num_tokens: int, deadline: float) -> Measured:
-    """Interleaved pairs after one that warms up, so that a busy machine slows both ways alike."""
+    """Interleaved pairs after a first one; the worst of one way against the best of the other, or noise would choose."""
     pairs = [(_step_ms(runner, num_tokens, cut=False), _step_ms(runner, num_tokens, cut=True))]
     for number in range(NUM_PAIRS):
         if number and perf_counter() > deadline:
             break
         pairs.append((_step_ms(runner, num_tokens, cut=False), _step_ms(runner, num_tokens, cut=True)))
     whole, halves = zip(*pairs[1:], strict=True)
-    return Measured(num_tokens, round(median(whole), 2), round(median(halves), 2))
+    return Measured(num_tokens, round(min(whole), 2), round(max(halves), 2))
 
 
 def _step_ms(runner: Any, num_tokens: int, *, cut: bool) -> float:

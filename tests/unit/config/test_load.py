@@ -79,3 +79,10 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 )
 def test_threads_that_need_a_core_are_counted_over_both_pools(data: dict[str, object], threads: int) -> None:
     assert parse_config(data).num_threads == threads
+
+
+@pytest.mark.parametrize("text", ["off", "'off'", "OFF", "false"])
+def test_a_channel_can_be_switched_off_as_one_writes_it(tmp_path: Path, text: str) -> None:
+    """YAML reads a bare off as false."""
+    (tmp_path / "cluster.yaml").write_text(f"transport: {{channel: {text}}}\n")
+    assert load_config(tmp_path / "cluster.yaml").transport.channel == "off"

@@ -280,3 +280,14 @@ def test_bits_do_not_depend_on_the_machines_vectors() -> None:
         bits[name] = done.stdout.split()
     assert len({digest for _, digest in bits.values()}) == 1, bits
     assert bits["AVX2"][0] == "2"
+
+
+def test_a_product_half_way_between_two_numbers_goes_to_the_even_one() -> None:
+    """As torch rounds: 1 + 2^-8 is half-way between 1 and 1 + 2^-7 in bf16, and what follows shows which it was."""
+    weights = ExpertWeights(
+        torch.tensor([[8.0, 0.0], [1.0, 2.0**-8]]).bfloat16(), torch.tensor([[1.0], [0.0]]).bfloat16()
+    )
+    ids_TK, x_TD = torch.zeros((1, 1), dtype=torch.int32), torch.ones((1, 2), dtype=torch.bfloat16)
+    for compiled in (True, False):
+        experts = RoutedExperts({0: {0: weights}}, num_layers=1, num_experts=1, swiglu_limit=10.0, compiled=compiled)
+        assert experts(0, x_TD, ids_TK)[0, 0].item() == 8.0
