@@ -37,7 +37,8 @@ class AttentionConfig:
         num_threads: compute threads of each engine on CPU. Results are bit-equal only between equal thread counts.
         micro_batches: compute a step in two halves, so that one half's attention runs while the other's experts are
             computed elsewhere (DeepSeek-V4 on CPU): measured tries both when a shard has connected, and cuts the
-            steps that gain. Bits of a cut and a whole step are equal where vLLM's kernels are batch-invariant.
+            steps that gain. Bits of a cut and a whole step are equal only where vLLM's kernels are batch-invariant,
+            and shards may measure differently.
         num_cpus, num_gpus: what each shard asks of its Ray node.
         label_selector: Ray node labels a shard's node must carry; without it, `pool=attention` where such nodes exist.
     """

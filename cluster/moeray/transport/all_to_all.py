@@ -113,7 +113,7 @@ class AllToAllTransport:
         done = now_ns()
         self._timings.pack_ns += packed_at - started
         self._timings.send_ns += done - packed_at
-        self._timings.tokens += len(x_TD)
+        self._timings.tokens += x_TD.shape[0]
         ids_TK, weights_TK = expert_ids_TK.clone(), weights_TK.clone()
         handle = AllToAllHandle(
             self.generation, self._sequence, layer, ids_TK, weights_TK, packed.source_P, reply_rows, done
@@ -180,7 +180,7 @@ class AllToAllTransport:
 
     def _check_input(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> None:
         geometry = self._geometry
-        expected = (len(x_TD), geometry.top_k)
+        expected = (x_TD.shape[0], geometry.top_k)
         if x_TD.dtype != geometry.dtype or x_TD.shape[1:] != (geometry.hidden_size,):
             raise TransportError(
                 f"x is {x_TD.dtype} {list(x_TD.shape)}, expected {geometry.dtype} [T, {geometry.hidden_size}]"
@@ -190,7 +190,7 @@ class AllToAllTransport:
                 f"ids are {expert_ids_TK.dtype} {list(expert_ids_TK.shape)}, weights {list(weights_TK.shape)}, "
                 f"expected torch.int32 {list(expected)} and {list(expected)}"
             )
-        if len(x_TD) > self._max_tokens or not 0 <= layer < self._placement.num_layers:
+        if x_TD.shape[0] > self._max_tokens or not 0 <= layer < self._placement.num_layers:
             raise TransportError(
                 f"layer {layer} with {len(x_TD)} tokens; layers are 0..{self._placement.num_layers - 1}, "
                 f"at most {self._max_tokens} tokens"
@@ -212,8 +212,6 @@ class AllToAllTransport:
         for group, num_rows in enumerate(reply_rows):
             receives.append((self._replies[begin : begin + num_rows], 1 + group))
             begin += num_rows
-        self._timings.sent_bytes += sum(tensor.nbytes for tensor, _ in sends)
-        self._timings.received_bytes += begin * self._geometry.row_bytes
         broken: tuple[int, str] | None = None
         if self._communicator is None:
             raise self._lost(0, "the connection was dropped")

@@ -99,7 +99,9 @@ class MergedCompute:
 
     def _run_alone(self, call: _Call) -> None:
         try:
-            self._compute(call.layer, call.x_TD, call.ids_TK, call.room_PD)
+            rows_PD = self._compute(call.layer, call.x_TD, call.ids_TK, call.room_PD)
+            if len(rows_PD) != len(call.room_PD):
+                raise ValueError(f"{len(rows_PD)} rows for a call of {len(call.room_PD)} pairs")
         except Exception as error:  # noqa: BLE001 raised in the call's own thread
             call.error = error
         call.is_done = True

@@ -21,7 +21,17 @@ from torch import Tensor
 
 from moeray.transport.communicator import Message
 from moeray.transport.memory import MessageMemory, aligned
-from moeray.transport.wire import HEADER, HEADER_BYTES, HEADER_WORDS, PAIRS_WORD, ROWS_WORD, Flags, Geometry, Header
+from moeray.transport.wire import (
+    HEADER,
+    HEADER_BYTES,
+    HEADER_WORDS,
+    MAGIC,
+    PAIRS_WORD,
+    ROWS_WORD,
+    Flags,
+    Geometry,
+    Header,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +130,17 @@ class HostPacker:
         self._integers = self._memory.numpy(), *(self._memory.view(t).numpy() for t in (torch.int32, torch.int64))
         self._kernel = pack_kernel()
         self._counts_NC = np.empty((num_groups, 4), dtype=np.int64)
+        self._header_W = np.array([MAGIC, 0, 0, 0], dtype=np.int64)
 
     def pack(self, header: Header, x_TD: Tensor, ids_TK: Tensor) -> Packed:
         source_P = np.empty(ids_TK.numel(), dtype=np.int64)
+        header_W = self._header_W
+        header_W[1], header_W[2], header_W[3] = header.generation, header.sequence, header.layer
         fits = self._kernel(
             ids_TK.contiguous().numpy(),
             self._owner_LE[header.layer],
             self._geometry.dispatched.encode(x_TD).numpy(),
-            np.array(header.words(), dtype=np.int64),
+            header_W,
             self._geometry.status_rows,
             self._integers,
             self._counts_NC,

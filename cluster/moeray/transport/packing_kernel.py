@@ -27,7 +27,7 @@ def _pack(
     """Pack one batch into exact messages, one after the other; see wire.py for the layout.
 
     Args:
-        header_W: generation, sequence and layer are set; the rest is filled in per group.
+        header_W: its first four words: magic, generation, sequence, layer; the rest is filled in per group.
         memory: the messages' memory as uint8, int32 and int64.
         counts_NC: written, see ROWS.
         source_P: written: the row of each pair's answer in the matrix of all replies.

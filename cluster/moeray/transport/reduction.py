@@ -59,7 +59,7 @@ def combine_rows(replies_RD: Tensor, source_P: Tensor, weights_TK: Tensor) -> tu
     if kernel is None:
         y_TD = weighted_sum(replies_RD.index_select(0, source_P), weights_TK)
         return y_TD, bool(y_TD.isfinite().all())
-    y_TD = replies_RD.new_empty((len(weights_TK), replies_RD.shape[1]))
+    y_TD = replies_RD.new_empty((weights_TK.shape[0], replies_RD.shape[1]))
     weights = weights_TK.contiguous().numpy()
     replies, y = (_as_numpy(each) for each in (replies_RD, y_TD))
     return y_TD, kernel(replies, source_P.numpy(), weights, y) == 0

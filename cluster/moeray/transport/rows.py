@@ -45,7 +45,7 @@ class PlainRows:
 
     def encode(self, x_TD: Tensor) -> Tensor:
         # An empty tensor is contiguous whatever its strides are, and would not be viewed.
-        return (x_TD.contiguous() if len(x_TD) else x_TD.new_empty(x_TD.shape)).view(torch.uint8)
+        return (x_TD.contiguous() if x_TD.shape[0] else x_TD.new_empty(x_TD.shape)).view(torch.uint8)
 
     def decode(self, rows_TB: Tensor) -> Tensor:
         return rows_TB.view(self._dtype)

@@ -21,7 +21,6 @@ class HopTimings:
         overlap_ns: between dispatch and combine (the shared expert).
         wait_ns: in combine, until the last group's rows were there.
         reduce_ns: weighting and adding the rows.
-        sent_bytes, received_bytes: payloads of the hop, headers and unused inline room included.
         pairs_per_group: (token, expert) pairs sent to each group; empty where the backend keeps sizes on the device.
     """
 
@@ -32,8 +31,6 @@ class HopTimings:
     overlap_ns: int = 0
     wait_ns: int = 0
     reduce_ns: int = 0
-    sent_bytes: int = 0
-    received_bytes: int = 0
     pairs_per_group: list[int] = field(default_factory=list)
 
     def per_layer_us(self) -> dict[str, float]:

@@ -91,7 +91,7 @@ def choose(runner: Any) -> Plan:
 
 
 def _measure(runner: Any, num_tokens: int, deadline: float) -> Measured:
-    """Interleaved pairs after a first one; the worst of one way against the best of the other, or noise would choose."""
+    """Interleaved pairs after a first one; the worst of one way against the best of the other, or noise chooses."""
     pairs = [(_step_ms(runner, num_tokens, cut=False), _step_ms(runner, num_tokens, cut=True))]
     for number in range(NUM_PAIRS):
         if number and perf_counter() > deadline:

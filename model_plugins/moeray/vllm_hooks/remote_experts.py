@@ -52,11 +52,20 @@ def _dispatch(layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tenso
 
 
 @eager_break_during_capture
-def _combine(out_TD: Tensor) -> None:
+def _combine_into(out_TD: Tensor) -> None:
     if _is_dummy_run():
         out_TD.zero_()
     else:
         out_TD.copy_(_current_hop().combine())
+
+
+def _combine(x_TD: Tensor) -> Tensor:
+    """The routed experts' contribution; on a device in a tensor of this graph, which is replayed with its addresses."""
+    if x_TD.is_cpu and not _is_dummy_run():
+        return _current_hop().combine()
+    out_TD = torch.empty_like(x_TD)
+    _combine_into(out_TD)
+    return out_TD
 
 
 class RemoteExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc, unused-ignore]
@@ -92,16 +101,14 @@ class RemoteExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc, unused-igno
         _dispatch(layer.model_layer, x, topk_ids, topk_weights)
         if shared_experts is not None:
             shared_experts(shared_experts_input, SharedExpertsOrder.MK_INTERNAL_OVERLAPPED)
-        out_TD = torch.empty_like(x)
         try:
             if micro_batches.state.running is not None:
                 _let_other_half_run(micro_batches.state.running, shared_experts)
-            _combine(out_TD)
+            return _combine(x)
         except BaseException:
             if shared_experts is not None:  # or the next call of this layer would find a result that nobody took
                 shared_experts._output = [None] * len(shared_experts._output)
             raise
-        return out_TD
 
 
 def _let_other_half_run(halves: micro_batches.Halves, shared_experts: SharedExperts | None) -> None:

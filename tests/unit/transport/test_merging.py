@@ -109,6 +109,13 @@ def test_a_call_alone_passes_its_error_on_and_the_next_one_is_served() -> None:
     assert merged.calls_per_batch == 1
 
 
+def test_a_call_that_counts_its_pairs_wrongly_is_told_so() -> None:
+    gate = Gate()
+    gate.go_on.set()
+    with pytest.raises(ValueError, match="3 rows for a call of 4 pairs"):
+        MergedCompute(lambda layer, x_TD, ids_TK, out_PD: gate(layer, x_TD, ids_TK))(0, x_of(1), IDS, torch.zeros(4, 3))
+
+
 def test_many_threads_for_a_while_all_get_their_rows() -> None:
     gate = Gate()
     gate.go_on.set()
