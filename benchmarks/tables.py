@@ -60,7 +60,8 @@ def hop_table(found: list[Record]) -> str:
         packed = channel["stages_us"]["pack"] + channel["stages_us"]["combine"]
         rows.append(
             [hidden, batch, _us(at["local"], "floor_us"), _us(at["socket"]),
-             f"{_us(channel)} / {_us(channel, 'p99_us')}", _ratio(channel), f"{packed:.0f}", _us(channel, "call_us"), _us(at["gloo_p2p"]),
+             f"{_us(channel)} / {_us(channel, 'p99_us')}", _ratio(channel), f"{packed:.0f}",
+             _us(channel, "call_us"), _us(at["gloo_p2p"]),
              f"{_us(gloo)} / {_us(gloo, 'p99_us')}", _ratio(gloo), _us(gloo, "call_us")]
         )  # fmt: skip
     head = [
