@@ -6,6 +6,7 @@ Suffixes: T tokens, D hidden, K experts per token, P = T * K pairs in row-major 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -65,6 +66,7 @@ def combine_rows(replies_RD: Tensor, source_P: Tensor, weights_TK: Tensor) -> tu
     return y_TD, kernel(replies, source_P.numpy(), weights, y) == 0
 
 
+@cache
 def _kernel(dtype: torch.dtype, device: torch.device) -> Callable[[Any, Any, Any, Any], int] | None:
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float32):
         return None

@@ -119,9 +119,9 @@ class GroupServer:
         with self._lock:
             return tuple(shard for shard in self._shards if shard.serving)
 
-    def _is_alone(self) -> bool:
-        """Whether the asking shard is the only one: another one's computation would need the core."""
-        return len(self._shards) == 1
+    def _may_poll_now(self) -> bool:
+        """Whether the asking shard is the only one, too: another one's computation would need the core."""
+        return self._may_poll and len(self._shards) == 1
 
     def stop(self, timeout_s: float = 5.0) -> None:
         """Refuse new shards and cut the connected ones; a call in progress is still answered. Idempotent.
@@ -216,7 +216,7 @@ class GroupServer:
         if start.by_channel:
             if listener is None:
                 raise HandshakeRefused("it comes by a channel that was not offered")
-            link = listener.accept(start.token, timeout_s, self._is_alone if self._may_poll else lambda: False)
+            link = listener.accept(start.token, timeout_s, self._may_poll_now)
         else:
             communicator = build_communicator(
                 theirs.backend,
