@@ -21,6 +21,8 @@ _FROM_FILE = ConfigDict(extra="forbid", arbitrary_types_allowed=False)
 Count = Annotated[int, Field(strict=True, ge=1)]
 CountOrZero = Annotated[int, Field(strict=True, ge=0)]
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+SecondsOrZero = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
 Port = Annotated[int, Field(strict=True, ge=1, le=65535)]
 Labels = Mapping[str, str]
 ChannelUsers = Literal["same_user", "any_user", "off"]
@@ -65,12 +67,22 @@ class ExpertsConfig:
     Attributes:
         num_groups: 0 leaves the experts in the shards: not split.
         num_redundant: extra physical copies of experts per layer, each in another group than the ones before it.
+        min_copies: every expert has so many, the busiest get the rest; with 2, any one group can be lost at any time.
+        wait_s: a request whose experts are lost waits so long for their return; then its shard ends.
+        rebalance_s: how often copies are placed anew by the load that was seen; 0 is never.
+        regroup_s: a lost group that has not come back by then is left out, its experts go to the others.
+        join_debounce_s: groups that come beside those that are wanted are taken in when no other has come for so long.
         num_threads: compute threads of each group on CPU, shared by the shards it serves.
         label_selector: as in AttentionConfig, `pool=experts`.
     """
 
     num_groups: CountOrZero = 2
     num_redundant: CountOrZero = 0
+    min_copies: Count = 1
+    wait_s: Seconds = 120.0
+    rebalance_s: SecondsOrZero = 300.0
+    regroup_s: Seconds = 60.0
+    join_debounce_s: SecondsOrZero = 1.0
     num_threads: Count = 1
     num_cpus: Share = 0.1
     num_gpus: Share = 0
@@ -89,6 +101,8 @@ class TransportConfig:
     Attributes:
         backend: gloo (CPU), nccl (GPU), local (experts inside each shard: the oracle, no expert group is started).
         timeout_s: an expert group that has not answered a layer call by then is lost.
+        patience_s: where its experts have copies elsewhere, a group may be so much later than expected before they are
+            asked instead.
         channel: whether shards and groups of one node use shared memory instead of gloo, and with whose processes:
             same_user, any_user (containers that run as different users), off.
         dispatch_format: how activations travel to the groups: plain (the model's dtype) or fp8 (half of bf16's bytes,
@@ -99,6 +113,7 @@ class TransportConfig:
     channel: Annotated[ChannelUsers, BeforeValidator(_off)] = "same_user"
     dispatch_format: RowFormatName = "plain"
     timeout_s: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)] = 10.0
+    patience_s: Seconds = 1.0
 
 
 @dataclass(frozen=True, config=_FROM_FILE)
@@ -118,6 +133,28 @@ class IngressConfig:
 
 
 @dataclass(frozen=True, config=_FROM_FILE)
+class HealthConfig:
+    """When a process counts as hung.
+
+    Attributes:
+        hang_s: one that gives no sign of life for so long is killed and replaced.
+    """
+
+    hang_s: Annotated[float, Field(ge=2, le=3600, allow_inf_nan=False)] = 10.0
+
+
+@dataclass(frozen=True, config=_FROM_FILE)
+class RedisConfig:
+    """Where what must outlive the controller is kept; the password comes from MOERAY_REDIS_PASSWORD.
+
+    Attributes:
+        url: redis://host:port/database, without a password; empty keeps it in Ray's own store.
+    """
+
+    url: str = ""
+
+
+@dataclass(frozen=True, config=_FROM_FILE)
 class ClusterConfig:
     """One cluster.
 
@@ -133,6 +170,8 @@ class ClusterConfig:
     experts: ExpertsConfig = Field(default_factory=ExpertsConfig)
     transport: TransportConfig = Field(default_factory=TransportConfig)
     ingress: IngressConfig = Field(default_factory=IngressConfig)
+    health: HealthConfig = Field(default_factory=HealthConfig)
+    redis: RedisConfig = Field(default_factory=RedisConfig)
 
     @property
     def backend(self) -> str:
