@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moeray.deepseek_v4 import ExpertError, RoutedExperts, packed_experts
+from moeray.deepseek_v4 import ExpertError, packed_experts
 from moeray.deepseek_v4.expert_formula import ExpertWeights
+from moeray.deepseek_v4.experts import given_experts
 from moeray.deepseek_v4.packed_experts import PackedExperts
 
 NUM_EXPERTS, TOP_K, LAYER, LIMIT = 5, 3, 7, 1.0
@@ -46,7 +47,11 @@ def packed(
     weights: dict[int, ExpertWeights], held: Sequence[int] | None = None, num_threads: int = 1, limit: float = LIMIT
 ) -> PackedExperts:
     held = tuple(weights) if held is None else held
-    experts = PackedExperts({LAYER: held}, weights[0], num_experts=NUM_EXPERTS, limit=limit, num_threads=num_threads)
+    hidden, width = weights[0].w2.shape
+    experts = PackedExperts(
+        hidden_size=hidden, width=width, dtype=weights[0].w2.dtype, num_experts=NUM_EXPERTS, limit=limit,
+        num_threads=num_threads,
+    )  # fmt: skip
     for expert in held:
         experts.put(LAYER, expert, weights[expert])
     return experts
@@ -208,7 +213,7 @@ def test_activations_and_ids_may_lie_anywhere() -> None:
 @pytest.mark.parametrize("compiled", [True, False])
 def test_rows_lie_where_they_are_wanted_or_it_is_said_why_not(compiled: bool) -> None:
     weights = matrices(48, 20, torch.bfloat16)
-    experts = RoutedExperts({0: weights}, num_layers=1, num_experts=NUM_EXPERTS, swiglu_limit=LIMIT, compiled=compiled)
+    experts = given_experts({0: weights}, num_layers=1, num_experts=NUM_EXPERTS, swiglu_limit=LIMIT, compiled=compiled)
     x_TD, ids_TK = batch(9, 48, torch.bfloat16)
     expected, room = experts(0, x_TD, ids_TK), torch.full((30, 48), 7).bfloat16()
     rows_PD = experts(0, x_TD, ids_TK, room[1:])
@@ -245,6 +250,26 @@ def test_calls_from_several_threads_do_not_disturb_each_other(monkeypatch: pytes
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_shares_of_a_large_call_are_computed_at_one_time_by_as_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_threads = 3
+    experts = packed(matrices(64, 32, torch.bfloat16), num_threads=num_threads)
+    meeting, gate_up, seen = threading.Barrier(num_threads), experts._products.gate_up, set()
+
+    def together(*arguments: object) -> None:
+        seen.add(threading.get_ident())
+        if len(seen) > 1 or packed_experts.SHARED_BYTES == 0:
+            meeting.wait(timeout=60)  # breaks if one thread is to compute two shares, or there is no other one
+        gate_up(*arguments)
+
+    experts._products = experts._products._replace(gate_up=together)
+    call = batch(9, 64, torch.bfloat16)
+    experts.rows(LAYER, *call)
+    assert seen == {threading.get_ident()}, "a call that reads little is not worth another thread"
+    monkeypatch.setattr(packed_experts, "SHARED_BYTES", 0)
+    experts.rows(LAYER, *call)
+    assert len(seen) == num_threads
 
 
 BITS_OF_A_CALL = """
@@ -289,5 +314,5 @@ def test_a_product_half_way_between_two_numbers_goes_to_the_even_one() -> None:
     )
     ids_TK, x_TD = torch.zeros((1, 1), dtype=torch.int32), torch.ones((1, 2), dtype=torch.bfloat16)
     for compiled in (True, False):
-        experts = RoutedExperts({0: {0: weights}}, num_layers=1, num_experts=1, swiglu_limit=10.0, compiled=compiled)
+        experts = given_experts({0: {0: weights}}, num_layers=1, num_experts=1, swiglu_limit=10.0, compiled=compiled)
         assert experts(0, x_TD, ids_TK)[0, 0].item() == 8.0

@@ -134,3 +134,28 @@ def test_a_process_whose_cpuset_leaves_nothing_of_the_quota_still_gets_a_core() 
     shares = placed(machine(4, quota=1), group(0))
     elsewhere = Machine("m", (Cpu(3, 3),), 1.0)
     assert take_cores(elsewhere, group(1), shares).cores == [3]
+
+
+ADJACENT = Machine("m", tuple(Cpu(number, number // 2 * 2) for number in range(4)))
+"""Two cores whose SMT siblings follow each other, as some machines number them."""
+
+
+def test_a_sibling_is_taken_after_an_idle_core_however_siblings_are_numbered() -> None:
+    assert cores(placed(ADJACENT, group(0), shard(0), group(1))) == [[0], [2], [3]]
+
+
+def test_of_two_equally_busy_cores_a_group_takes_the_one_without_a_group() -> None:
+    assert cores(placed(machine(2), group(0), shard(0), group(1), shard(1))) == [[0], [1], [1], [0]]
+
+
+def test_a_relay_takes_no_core_beyond_the_quota() -> None:
+    """A shard that is there twice for a moment (its replacement starts before it has gone) was not counted twice."""
+    shares = placed(machine(8, quota=2), shard(0, cluster_threads=2), shard(1, cluster_threads=2))
+    assert (shares[0].cores, shares[0].relay.number) == ([0], 1)
+    assert {core for share in shares for core in (*share.cores, share.relay.number)} == {0, 1}
+
+
+def test_a_relay_is_near_the_memory_of_its_shard_though_other_cores_are_idle() -> None:
+    first, second = placed(machine(8, sockets=2), group(0), shard(0, cluster_threads=3))
+    assert (first.numa_node, second.numa_node) == (0, 1)
+    assert second.relay.numa_node == 1

@@ -198,3 +198,43 @@ def test_vllms_own_setting_is_on_only_while_its_runner_is_asked() -> None:
     assert config.ubatch_size == 0
     with micro_batches._two_halves(config, False):
         assert config.ubatch_size == 0
+
+
+@pytest.fixture
+def cutting_runner(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """vLLM's runner module with our hooks for the length of one test."""
+    from vllm.v1.worker import gpu_model_runner
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    for name in ("split_attn_metadata", "maybe_create_ubatch_slices"):
+        monkeypatch.setattr(gpu_model_runner, name, getattr(gpu_model_runner, name))
+    for name in ("_determine_batch_execution_and_padding", "initialize_metadata_builders", "_allow_microbatching"):
+        monkeypatch.setattr(CPUModelRunner, name, getattr(CPUModelRunner, name))
+    micro_batches.install()
+    return gpu_model_runner
+
+
+@pytest.mark.parametrize("cut", [5, 8])
+def test_a_half_knows_the_positions_of_its_own_tokens_and_which_of_its_own_requests_prefill(
+    cutting_runner: Any, cut: int
+) -> None:
+    """Requests of 4, 1 and 6 tokens, cut inside the last one or between the last two."""
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    starts, positions = torch.tensor([0, 4, 5, 11], dtype=torch.int32), torch.tensor([0, 1, 2, 3, 40, *range(10, 16)])
+    lengths, is_prefilling = torch.tensor([4, 41, 16], dtype=torch.int32), torch.tensor([True, False, True])
+    common = CommonAttentionMetadata(
+        query_start_loc=starts, query_start_loc_cpu=starts, seq_lens=lengths, num_reqs=3, num_actual_tokens=11,
+        max_query_len=6, max_seq_len=41, block_table_tensor=torch.zeros((3, 4), dtype=torch.int32),
+        slot_mapping=torch.arange(11), positions=positions, is_prefilling=is_prefilling,
+        seq_lens_cpu_upper_bound=lengths,
+    )  # fmt: skip
+    first_of_second = 2
+    last_of_first = 3 if cut > 5 else 2
+    slices = [
+        UBatchSlice(slice(0, last_of_first), slice(0, cut)),
+        UBatchSlice(slice(first_of_second, 3), slice(cut, 11)),
+    ]
+    halves = cutting_runner.split_attn_metadata(slices, common)
+    assert [half.positions.tolist() for half in halves] == [positions[:cut].tolist(), positions[cut:].tolist()]
+    assert [half.is_prefilling.tolist() for half in halves] == [[True, False, True][:last_of_first], [True]]
