@@ -1,0 +1,5 @@
+"""Whether processes of this cluster still do anything."""
+
+from moeray.health.watchdog import Guard, guard
+
+__all__ = ["Guard", "guard"]
