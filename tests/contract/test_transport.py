@@ -131,11 +131,11 @@ def test_nccl_gives_the_oracles_bits() -> None:
         layer: {e: type(w)(w.w13.to("cuda:1"), w.w2.to("cuda:1")) for (at, e), w in each.items() if at == layer}
         for layer in range(NUM_LAYERS)
     }
-    from moeray.deepseek_v4.experts import RoutedExperts
+    from moeray.deepseek_v4.experts import given_experts
     from moeray.transport import GroupServer
 
-    compute = RoutedExperts(on_device, num_layers=NUM_LAYERS, num_experts=8, swiglu_limit=1.0)
-    server = GroupServer(compute, model.identity, group=0, generation=1, backend="nccl", device="cuda:1")
+    compute = given_experts(on_device, num_layers=NUM_LAYERS, num_experts=8, swiglu_limit=1.0)
+    server = GroupServer(compute, model.identity, positions={1: 0}, backend="nccl", device="cuda:1")
     transport = connect(spec_of(model, backend="nccl", device="cuda:0"), placement, [server.start()])
     reference = connect(spec_of(model, backend="local", device="cuda:1"), placement, [], compute)
     for num_tokens in TOKENS:
@@ -347,7 +347,7 @@ def test_a_group_of_a_newer_generation_refuses_calls_and_shards_of_the_old(group
     slots = (4, 4)
     key, addresses = serve(groups, SMALL, slots)
     transport = connect(spec_of(SMALL), spread(SMALL, slots), addresses)
-    groups[1].ask("set_generation", key, 2)
+    groups[1].ask("serve_generations", key, {2: 1})
     for _ in range(2):
         with pytest.raises(StaleGeneration, match="expert group 1 is on generation 2, this shard on 1"):
             transport.combine(transport.dispatch(0, *SMALL.batch(5)))
@@ -355,7 +355,7 @@ def test_a_group_of_a_newer_generation_refuses_calls_and_shards_of_the_old(group
         HandshakeRefused, match=r"expert group 1 at .*generation is 2 at expert group 1, 1 at shard test"
     ):
         connect(spec_of(SMALL), spread(SMALL, slots), addresses)
-    groups[0].ask("set_generation", key, 2)
+    groups[0].ask("serve_generations", key, {2: 0})
     renewed = connect(spec_of(SMALL), spread(SMALL, slots, generation=2), addresses)
     assert renewed.generation == 2
     assert_equals_oracle(renewed, SMALL, (5,))
@@ -408,7 +408,7 @@ def compute(layer, x_TD, ids_TK):
     seen.append(openmp.omp_get_max_threads())
     return x_TD.new_zeros((int((ids_TK >= 0).sum()), x_TD.shape[1]))
 torch.set_num_threads(7)  # neither the default nor the number of cores
-server = GroupServer(compute, model.identity, group=0, generation=placement.generation)
+server = GroupServer(compute, model.identity, positions={placement.generation: 0})
 transport = connect(spec_of(model), placement, [server.start()])
 transport.combine(transport.dispatch(0, *model.batch(3)))
 transport.close()

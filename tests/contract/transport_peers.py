@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from moeray.config import ChannelUsers
-from moeray.deepseek_v4.experts import ExpertWeights, RoutedExperts
+from moeray.deepseek_v4.experts import ExpertWeights, HeldExperts, new_store
 from moeray.placement import Placement
 from moeray.transport import (
     GroupServer,
@@ -86,11 +86,15 @@ class Model:
         w2 = torch.randn(self.hidden_size, WIDTH, generator=generator) / WIDTH**0.5
         return ExpertWeights(w13.to(dtype), w2.to(dtype))
 
-    def experts(self, held: dict[int, tuple[int, ...]]) -> RoutedExperts:
-        weights = {
-            layer: {expert: self.weights(layer, expert) for expert in experts} for layer, experts in held.items()
-        }
-        return RoutedExperts(weights, num_layers=NUM_LAYERS, num_experts=self.num_experts, swiglu_limit=LIMIT)
+    def experts(self, held: dict[int, tuple[int, ...]]) -> HeldExperts:
+        store = new_store(
+            self.hidden_size, WIDTH, getattr(torch, self.dtype), num_experts=self.num_experts, limit=LIMIT,
+            compiled=True, num_threads=None,
+        )  # fmt: skip
+        for layer, experts in held.items():
+            for expert in experts:
+                store.put(layer, expert, self.weights(layer, expert))
+        return HeldExperts(store, num_layers=NUM_LAYERS, num_experts=self.num_experts)
 
     def batch(self, num_tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """(x_TD, ids_TK, weights_TK), reproducible."""
@@ -151,8 +155,7 @@ class ServerSettings:
         return GroupServer(
             MergedCompute(compute),
             self.model.identity,
-            group=self.group,
-            generation=self.placement.generation,
+            positions={self.placement.generation: self.group},
             host=self.host,
             backend=self.backend,
             channel=self.channel,
@@ -205,8 +208,8 @@ class Group:
         self.servers[key] = settings.start()
         return self.servers[key].start()
 
-    def set_generation(self, key: str, generation: int) -> None:
-        self.servers[key].set_generation(generation)
+    def serve_generations(self, key: str, positions: dict[int, int]) -> None:
+        self.servers[key].serve_generations(positions)
 
     def shards(self, key: str) -> list[tuple[str, int, int]]:
         return [(shard.name, shard.counts.calls, shard.counts.failures) for shard in self.servers[key].shards()]

@@ -1,17 +1,26 @@
 """How dispatch and combine move bytes between an attention shard and the expert groups."""
 
-from moeray.transport.connection import TransportSpec, connect
-from moeray.transport.errors import GroupFailed, HandshakeRefused, PeerLost, StaleGeneration, TransportError
+from moeray.transport.connection import connect
+from moeray.transport.errors import (
+    ExpertsMissing,
+    GroupFailed,
+    HandshakeRefused,
+    PeerLost,
+    StaleGeneration,
+    TransportError,
+)
 from moeray.transport.handshake import ModelIdentity
 from moeray.transport.interface import DispatchHandle, ExpertCompute, Transport
 from moeray.transport.local import LocalTransport
 from moeray.transport.merging import MergedCompute
 from moeray.transport.server import GroupServer
+from moeray.transport.spec import TransportSpec
 from moeray.transport.timings import HopTimings
 
 __all__ = [
     "DispatchHandle",
     "ExpertCompute",
+    "ExpertsMissing",
     "GroupFailed",
     "GroupServer",
     "HandshakeRefused",

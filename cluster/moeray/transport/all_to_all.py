@@ -8,6 +8,9 @@ States: usable -> (PeerLost | StaleGeneration) -> poisoned: connections are drop
 groups free theirs, and every later call raises the same error. GroupFailed does not poison: all replies were read,
 the next layer call starts clean. A handle that was never combined is settled by the next dispatch.
 
+Groups of the placement that are not there have no place here: what belongs to the n-th of the others has index n, and
+errors name its number. An expert without a copy among them is missing: only calls that need it fail.
+
 A dead group is noticed when its reply is waited for: at once behind a channel, and otherwise, group after group in
 ascending order, at once if the groups before it have answered, in any case within timeout_s. What a layer call costs:
 `timings()`.
@@ -18,20 +21,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from moeray.placement import Placement
 from moeray.transport.communicator import Communicator, Flight, LinkBroken, Message
-from moeray.transport.errors import GroupFailed, PeerLost, StaleGeneration, TransportError
+from moeray.transport.errors import ExpertsMissing, GroupFailed, PeerLost, StaleGeneration, TransportError
 from moeray.transport.interface import DispatchHandle
 from moeray.transport.links import Links
+from moeray.transport.owners import all_replaceable, owners
 from moeray.transport.packing import DevicePacker, HostPacker, Packed, Packer
+from moeray.transport.patience import Patience
 from moeray.transport.reduction import combine_rows, prepare, require_finite
 from moeray.transport.rendezvous import ShardRendezvous
+from moeray.transport.spec import TransportSpec
 from moeray.transport.timings import HopTimings, now_ns
-from moeray.transport.wire import STATUS_BYTES, Flags, Geometry, Header, Status, read_status
+from moeray.transport.wire import STATUS_BYTES, Flags, Header, Status, read_status
 
 
 @dataclass(slots=True, eq=False)
@@ -47,8 +52,8 @@ class AllToAllHandle:
     reply_rows: list[int]
     dispatched_ns: int
 
-    def group_of_pairs(self) -> Tensor:
-        """[P] whose reply holds each pair's row."""
+    def index_of_pairs(self) -> Tensor:
+        """[P] whose reply holds each pair's row: the group's place among those that are there."""
         ends = torch.tensor(self.reply_rows, device=self.source_P.device).cumsum(dim=0)
         return torch.searchsorted(ends, self.source_P, right=True)
 
@@ -62,36 +67,34 @@ class AllToAllTransport:
 
     def __init__(
         self,
+        spec: TransportSpec,
         links: Links,
         rendezvous: ShardRendezvous,
         placement: Placement,
-        geometry: Geometry,
-        *,
-        timeout_s: float,
-        max_tokens: int,
-        shard: int = 0,
     ) -> None:
         self._failure: Callable[[], TransportError] | None = None
         self._placement = placement
-        self._geometry = geometry
-        self._timeout_s = timeout_s
-        self._max_tokens = max_tokens
+        self._geometry = geometry = spec.geometry
+        self._max_tokens = spec.max_tokens
         self._communicator: Communicator | None = links.communicator
         self.links = links.names
         self._rendezvous = rendezvous
+        self._groups = rendezvous.groups
         self._flight: Flight | None = None
         self._pending: AllToAllHandle | None = None
         self._sequence = 0
-        num_groups, memory = placement.num_groups, links.memory
-        owner_LE = np.array([placement.group_of_expert(layer, shard) for layer in range(placement.num_layers)])
+        num_groups, memory = len(self._groups), links.memory
+        owner_LE = owners(placement, self._groups, spec.shard_number)
+        self._missing_LE = torch.from_numpy(owner_LE < 0) if (owner_LE < 0).any() else None
+        self._patience = Patience(spec.patience_s, spec.timeout_s, replaceable=all_replaceable(placement, self._groups))
         packer = DevicePacker if links.communicator.bucketed else HostPacker
-        self._packer: Packer = packer(geometry, owner_LE, num_groups, memory, max_tokens)
-        reply_rows = geometry.reply_room(max_tokens, num_groups)
+        self._packer: Packer = packer(geometry, owner_LE, num_groups, memory, spec.max_tokens)
+        reply_rows = geometry.reply_room(spec.max_tokens, num_groups)
         self._replies = memory.take(reply_rows * geometry.row_bytes).view(geometry.dtype).view(reply_rows, -1)
         prepare(geometry.dtype, self._replies.device)
         on_host = self._replies.is_cpu
         self._host_replies = self._replies.view(-1).view(torch.uint8).numpy().data if on_host else None
-        self._timings = HopTimings(pairs_per_group=[0] * num_groups)
+        self._timings = HopTimings(pairs_per_group=[0] * placement.num_groups)
 
     @property
     def generation(self) -> int:
@@ -126,7 +129,7 @@ class AllToAllTransport:
         self._check_usable(settle=False)
         if handle is not self._pending or not isinstance(handle, AllToAllHandle):
             raise TransportError("combine needs the handle of this transport's last dispatch, once")
-        self._settle(handle)
+        self._settle(handle, self._patience.limit_s(len(handle.source_P)))
         arrived = now_ns()
         failure = self._read_statuses(handle)
         if isinstance(failure, StaleGeneration):
@@ -136,11 +139,12 @@ class AllToAllTransport:
         y_TD, is_finite = combine_rows(self._replies, handle.source_P, handle.weights_TK)
         if not is_finite:
             rows_PD = self._replies.index_select(0, handle.source_P)
-            require_finite(y_TD, rows_PD, handle.layer, handle.expert_ids_TK, handle.group_of_pairs)
+            require_finite(y_TD, rows_PD, handle.layer, handle.expert_ids_TK, lambda: self._group_of_pairs(handle))
         timings = self._timings
         timings.calls += 1
         timings.overlap_ns += started - handle.dispatched_ns
         timings.wait_ns += arrived - started
+        self._patience.took(len(handle.source_P), (arrived - handle.dispatched_ns) / 1e9)
         timings.reduce_ns += now_ns() - arrived
         return y_TD
 
@@ -152,7 +156,7 @@ class AllToAllTransport:
         """
         self._sequence += 1
         header = Header(self.generation, self._sequence, -1, 0, 0, 0, Flags.PROBE)
-        reply_rows = [self._geometry.status_rows] * self._placement.num_groups
+        reply_rows = [self._geometry.status_rows] * len(self._groups)
         nothing = torch.empty(0)
         handle = AllToAllHandle(self.generation, self._sequence, -1, nothing, nothing, nothing, reply_rows, 0)
         self._start(self._packer.blocks_with(header), reply_rows)
@@ -172,11 +176,11 @@ class AllToAllTransport:
     def _check_usable(self, settle: bool = True) -> None:
         if self._failure is not None:
             raise self._failure()
-        gone = self._rendezvous.gone_group() if settle else None
+        gone = self._rendezvous.gone() if settle else None
         if gone is not None:
-            raise self._poison(lambda: PeerLost(gone, "connection closed by peer"))
+            raise self._lost(1 + gone, "connection closed by peer")
         if settle and self._pending is not None:
-            self._settle(self._pending)
+            self._settle(self._pending, self._patience.limit_s(len(self._pending.source_P)))
 
     def _check_input(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> None:
         geometry = self._geometry
@@ -195,6 +199,16 @@ class AllToAllTransport:
                 f"layer {layer} with {len(x_TD)} tokens; layers are 0..{self._placement.num_layers - 1}, "
                 f"at most {self._max_tokens} tokens"
             )
+        if self._missing_LE is not None:
+            self._check_held(layer, expert_ids_TK.cpu().long())
+
+    def _check_held(self, layer: int, ids_TK: Tensor) -> None:
+        """Only where an expert is missing at all: on a device this waits for the routing."""
+        assert self._missing_LE is not None
+        known_P = ids_TK[(ids_TK >= 0) & (ids_TK < self._placement.num_experts)]
+        missing = known_P[self._missing_LE[layer][known_P]].unique().tolist()
+        if missing:
+            raise ExpertsMissing(layer, missing)
 
     def _pack(self, layer: int, x_TD: Tensor, ids_TK: Tensor) -> Packed:
         header = Header(self.generation, self._sequence, layer, 0, 0, 0, Flags.NONE)
@@ -202,19 +216,19 @@ class AllToAllTransport:
             packed = self._packer.pack(header, x_TD, ids_TK)
         except IndexError:
             raise TransportError(f"expert ids must be 0..{self._placement.num_experts - 1}") from None
-        for group, pairs in enumerate(packed.num_pairs or ()):
-            self._timings.pairs_per_group[group] += pairs
+        for index, pairs in enumerate(packed.num_pairs or ()):
+            self._timings.pairs_per_group[self._groups[index]] += pairs
         return packed
 
     def _start(self, sends: list[Message], reply_rows: list[int]) -> None:
         receives: list[Message] = []
         begin = 0
-        for group, num_rows in enumerate(reply_rows):
-            receives.append((self._replies[begin : begin + num_rows], 1 + group))
+        for index, num_rows in enumerate(reply_rows):
+            receives.append((self._replies[begin : begin + num_rows], 1 + index))
             begin += num_rows
         broken: tuple[int, str] | None = None
         if self._communicator is None:
-            raise self._lost(0, "the connection was dropped")
+            raise self._lost(1, "the connection was dropped")
         try:
             self._flight = self._communicator.exchange(sends, receives)
         except LinkBroken as error:
@@ -222,14 +236,14 @@ class AllToAllTransport:
         if broken is not None:
             raise self._lost(*broken)
 
-    def _settle(self, handle: AllToAllHandle, timeout_s: float | None = None) -> None:
+    def _settle(self, handle: AllToAllHandle, timeout_s: float) -> None:
         """Wait for the replies of `handle`."""
         self._pending = None
         flight, self._flight = self._flight, None
         broken: tuple[int, str] | None = None
         if flight is not None:
             try:
-                flight.wait(self._timeout_s if timeout_s is None else timeout_s)
+                flight.wait(timeout_s)
             except LinkBroken as error:
                 broken = error.peer, error.reason
         del flight
@@ -240,20 +254,24 @@ class AllToAllTransport:
         """The first group's error, if any. A reply that does not belong to this call poisons."""
         begin, row_bytes = 0, self._geometry.row_bytes
         statuses = self._host_replies or self._copied_statuses(handle.reply_rows)
-        for group, num_rows in enumerate(handle.reply_rows):
+        for index, num_rows in enumerate(handle.reply_rows):
             offset = begin * row_bytes
             begin += num_rows
             try:
-                status = read_status(statuses, offset if self._host_replies else group * STATUS_BYTES)
+                status = read_status(statuses, offset if self._host_replies else index * STATUS_BYTES)
             except ValueError as error:
-                raise self._lost(1 + group, str(error)) from None
+                raise self._lost(1 + index, str(error)) from None
             if status.status is Status.STALE:
-                return StaleGeneration(group, self.generation, status.generation)
+                return StaleGeneration(self._groups[index], self.generation, status.generation)
             if status.sequence != handle.sequence:
-                raise self._lost(1 + group, f"answered call {status.sequence} instead of {handle.sequence}")
+                raise self._lost(1 + index, f"answered call {status.sequence} instead of {handle.sequence}")
             if status.status is Status.FAILED:
-                return GroupFailed(group, status.text)
+                return GroupFailed(self._groups[index], status.text)
         return None
+
+    def _group_of_pairs(self, handle: AllToAllHandle) -> Tensor:
+        """[P] the group whose reply holds each pair's row."""
+        return torch.tensor(self._groups, device=handle.source_P.device)[handle.index_of_pairs()]
 
     def _copied_statuses(self, reply_rows: list[int]) -> memoryview:
         """All statuses from the device, one after the other, in one copy."""
@@ -264,8 +282,9 @@ class AllToAllTransport:
         return torch.cat(found).cpu().numpy().data
 
     def _lost(self, peer: int, reason: str) -> TransportError:
-        gone = self._rendezvous.gone_group()
-        group = peer - 1 if gone is None or peer > 0 else gone
+        """Args: peer: its rank; below 1 where the library cannot tell, then the first that has gone, if any."""
+        index = peer - 1 if peer > 0 else self._rendezvous.gone() or 0
+        group = self._groups[index]
         return self._poison(lambda: PeerLost(group, reason))
 
     def _poison(self, failure: Callable[[], TransportError]) -> TransportError:

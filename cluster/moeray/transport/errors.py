@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class TransportError(RuntimeError):
     """Base of every error of the hop."""
@@ -31,6 +33,14 @@ class GroupFailed(TransportError):
         super().__init__(f"expert group {group} failed: {reason}")
         self.group = group
         self.reason = reason
+
+
+class ExpertsMissing(TransportError):
+    """A token goes to experts that no group holds which is there."""
+
+    def __init__(self, layer: int, experts: Sequence[int]) -> None:
+        super().__init__(f"layer {layer}: no expert group that is there holds experts {list(experts)}")
+        self.layer, self.experts = layer, tuple(experts)
 
 
 class HandshakeRefused(TransportError):

@@ -7,7 +7,7 @@ import socket
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from moeray.config import ChannelUsers
 from moeray.transport.arena import Arena
@@ -19,6 +19,7 @@ from moeray.transport.handshake import Start
 from moeray.transport.memory import MessageMemory, PrivateMemory, ReservedMemory, aligned
 from moeray.transport.mixed import MixedCommunicator
 from moeray.transport.rendezvous import ShardRendezvous
+from moeray.transport.spec import TransportSpec
 from moeray.transport.wire import Geometry
 
 CHANNEL_BACKENDS = ("gloo",)
@@ -38,79 +39,73 @@ class Links:
     names: tuple[str, ...]
 
 
-def build_links(
-    rendezvous: ShardRendezvous,
-    num_groups: int,
-    geometry: Geometry,
-    *,
-    backend: str,
-    users: ChannelUsers,
-    host: str,
-    device: torch.device,
-    max_tokens: int,
-    connect_timeout_s: float,
-    spin_s: float,
-    reserved: Tensor | None,
-) -> tuple[Links | None, TransportError | None]:
+def build_links(spec: TransportSpec, rendezvous: ShardRendezvous) -> tuple[Links | None, TransportError | None]:
     """Connect to every group that `rendezvous` has greeted.
 
     The error comes back as a value: a traceback would keep connections, and with them the groups, waiting.
     """
+    num_groups = len(rendezvous.groups)
     channels: dict[int, socket.socket] = {}
     arena: Arena | None = None
     token = secrets.token_hex(16)
     try:
-        if backend in CHANNEL_BACKENDS:
-            channels = _channels(rendezvous.channels, users)
+        if spec.backend in CHANNEL_BACKENDS:
+            channels = _channels(rendezvous.channels, spec.channel)
         if channels:
-            arena = Arena.create(room_for(geometry, max_tokens, num_groups))
-            for group, connection in channels.items():
-                _share(group, connection, arena, token)
-        remote = [group for group in range(num_groups) if group not in channels]
-        store, address = host_store(host, connect_timeout_s) if remote else (None, "")
-        rendezvous.start(
-            [
-                Start(
-                    rank=0 if group in channels else 1 + remote.index(group),
-                    size=1 + len(remote),
-                    store="" if group in channels else address,
-                    connect_timeout_s=connect_timeout_s,
-                    token=token if group in channels else "",
-                )
-                for group in range(num_groups)
-            ]
-        )
+            arena = Arena.create(room_for(spec.geometry, spec.max_tokens, num_groups))
+            for index, connection in channels.items():
+                _share(rendezvous.groups[index], connection, arena, token)
+        remote = [index for index in range(num_groups) if index not in channels]
+        store, address = host_store(spec.host, spec.connect_timeout_s) if remote else (None, "")
+        rendezvous.start(_starts(num_groups, remote, address, token, spec.connect_timeout_s))
         parts: list[tuple[Communicator, list[int]]] = []
         if arena is not None:
             by_rank = {1 + own: connection for own, connection in enumerate(channels.values())}
-            parts.append((Channels(by_rank, arena, spin_s), [0, *(1 + group for group in channels)]))
+            parts.append((Channels(by_rank, arena, spec.spin_s), [0, *(1 + index for index in channels)]))
         if store is not None:
-
-            def peer_gone() -> int | None:
-                group = rendezvous.gone_group()
-                return None if group is None or group not in remote else 1 + remote.index(group)
-
-            part = build_communicator(
-                backend,
-                store,
-                rank=0,
-                size=1 + len(remote),
-                host=host,
-                device=device,
-                connect_timeout_s=connect_timeout_s,
-                peer_gone=peer_gone,
-            )
-            parts.append((part, [0, *(1 + group for group in remote)]))
-            del part
+            parts.append((_remote_part(spec, rendezvous, remote, store), [0, *(1 + index for index in remote)]))
     except TransportError as error:
         return None, _given_up(channels, arena, error.with_traceback(None))
     except (OSError, RuntimeError, ValueError, ImportError) as error:
-        reason = TransportError(f"cannot build the {backend} communicator on {host}: {error}")
+        reason = TransportError(f"cannot build the {spec.backend} communicator on {spec.host}: {error}")
         return None, _given_up(channels, arena, reason)
-    names = tuple("channel" if group in channels else backend for group in range(num_groups))
+    names = tuple("channel" if index in channels else spec.backend for index in range(num_groups))
     communicator = parts[0][0] if len(parts) == 1 else MixedCommunicator(parts)
-    private = PrivateMemory(device) if reserved is None else ReservedMemory(reserved)
+    private = PrivateMemory(torch.device(spec.device)) if spec.reserved is None else ReservedMemory(spec.reserved)
     return Links(communicator, arena or private, names), None
+
+
+def _starts(num_groups: int, remote: list[int], store: str, token: str, connect_timeout_s: float) -> list[Start]:
+    """What each group is told, in order."""
+    return [
+        Start(
+            rank=1 + remote.index(index) if index in remote else 0,
+            size=1 + len(remote),
+            store=store if index in remote else "",
+            connect_timeout_s=connect_timeout_s,
+            token="" if index in remote else token,
+        )
+        for index in range(num_groups)
+    ]
+
+
+def _remote_part(spec: TransportSpec, rendezvous: ShardRendezvous, remote: list[int], store: Store) -> Communicator:
+    """The backend's communicator with the groups that no channel reaches."""
+
+    def peer_gone() -> int | None:
+        index = rendezvous.gone()
+        return None if index is None or index not in remote else 1 + remote.index(index)
+
+    return build_communicator(
+        spec.backend,
+        store,
+        rank=0,
+        size=1 + len(remote),
+        host=spec.host,
+        device=torch.device(spec.device),
+        connect_timeout_s=spec.connect_timeout_s,
+        peer_gone=peer_gone,
+    )
 
 
 def room_for(geometry: Geometry, max_tokens: int, num_groups: int) -> int:
@@ -121,8 +116,8 @@ def room_for(geometry: Geometry, max_tokens: int, num_groups: int) -> int:
 
 
 def _channels(names: tuple[str, ...], users: ChannelUsers) -> dict[int, socket.socket]:
-    found = {group: open_channel(name, users) for group, name in enumerate(names)}
-    return {group: connection for group, connection in found.items() if connection is not None}
+    found = {index: open_channel(name, users) for index, name in enumerate(names)}
+    return {index: connection for index, connection in found.items() if connection is not None}
 
 
 def _share(group: int, connection: socket.socket, arena: Arena, token: str) -> None:

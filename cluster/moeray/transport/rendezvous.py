@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import select
 import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from time import monotonic
 
 from moeray.transport.errors import HandshakeRefused, PeerLost, TransportError
@@ -16,26 +18,30 @@ EVENTS = select.POLLIN | select.POLLRDHUP
 
 
 class ShardRendezvous:
-    """One open connection per group, in group order.
+    """One open connection per group that is there, in ascending order.
+
+    What belongs to the n-th of them has index n everywhere in a transport; only errors speak of group numbers.
 
     Attributes:
-        channels: where each group waits for shards of its own node; "" for nowhere.
+        groups: their numbers in the placement.
+        channels: where each waits for shards of its own node; "" for nowhere.
     """
 
-    def __init__(self, connections: Sequence[socket.socket], channels: Sequence[str]) -> None:
+    def __init__(self, groups: Sequence[int], connections: Sequence[socket.socket], channels: Sequence[str]) -> None:
+        self.groups = tuple(groups)
         self._connections = list(connections)
         self.channels = tuple(channels)
         self._poll = select.poll()
         for connection in self._connections:
             self._poll.register(connection, EVENTS)
-        self._group_of = {connection.fileno(): group for group, connection in enumerate(self._connections)}
+        self._index_of = {connection.fileno(): index for index, connection in enumerate(self._connections)}
 
     @classmethod
-    def dial(cls, addresses: Sequence[str], hello: Hello, host: str, timeout_s: float) -> ShardRendezvous:
+    def dial(cls, addresses: Mapping[int, str], hello: Hello, host: str, timeout_s: float) -> ShardRendezvous:
         """Say hello to every group.
 
         Args:
-            addresses: "host:port" per group, in group order.
+            addresses: group number -> "host:port", ascending.
             hello: of the shard; its `group` is set for each.
             host: local address to dial from.
         Raises:
@@ -46,7 +52,7 @@ class ShardRendezvous:
         connections: list[socket.socket] = []
         channels: list[str] = []
         failure: TransportError | None = None
-        for group, address in enumerate(addresses):
+        for group, address in addresses.items():
             try:
                 connections.append(_dial(address, host, deadline))
                 channels.append(_greet(connections[-1], replace(hello, group=group), deadline))
@@ -58,30 +64,30 @@ class ShardRendezvous:
                 for connection in connections:
                     connection.close()
                 raise failure
-        return cls(connections, channels)
+        return cls(list(addresses), connections, channels)
 
     def start(self, starts: Sequence[Start]) -> None:
         """Tell every group how to build its end of the link, and wait until all did.
 
         Args:
-            starts: in group order.
+            starts: in the groups' order.
         Raises:
             PeerLost: a group went away or was not ready in time.
         """
         deadline = monotonic() + starts[0].connect_timeout_s
-        for group, start in enumerate(starts):
+        for group, connection, start in zip(self.groups, self._connections, starts, strict=True):
             with _link_of(group):
-                send_message(self._connections[group], start.to_json(), deadline)
-        for group in range(len(starts)):
+                send_message(connection, start.to_json(), deadline)
+        for group, connection in zip(self.groups, self._connections, strict=True):
             with _link_of(group):
-                receive_message(self._connections[group], deadline)
+                receive_message(connection, deadline)
 
-    def gone_group(self) -> int | None:
-        """A group whose connection has ended; does not block (about 1 us). None after `close`."""
+    def gone(self) -> int | None:
+        """Index of a group whose connection has ended; does not block (about 1 us). None after `close`."""
         if not self._connections:
             return None
         # Groups say nothing after the handshake: whatever can be read is an end-of-file.
-        return next((self._group_of[descriptor] for descriptor, _ in self._poll.poll(0)), None)
+        return next((self._index_of[descriptor] for descriptor, _ in self._poll.poll(0)), None)
 
     def close(self) -> None:
         while self._connections:
@@ -124,6 +130,23 @@ def keep_alive(connection: socket.socket) -> None:
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def keep_alive_all(host: str) -> None:
+    """`keep_alive` for every TCP connection of this process to that address.
+
+    Gloo does not let its own be found. Without this, a group whose shard's machine vanished would keep its session,
+    which waits for the shard's next call without a limit, until the kernel gives the connection up: never, if idle.
+    """
+    for each in Path("/proc/self/fd").iterdir():
+        with suppress(OSError, ValueError):  # no socket, not connected, or closed meanwhile
+            connection = socket.socket(fileno=os.dup(int(each.name)))
+            with connection:
+                is_tcp = (
+                    connection.family in (socket.AF_INET, socket.AF_INET6) and connection.type is socket.SOCK_STREAM
+                )
+                if is_tcp and connection.getpeername()[0] == host:
+                    keep_alive(connection)
 
 
 def peer_has_gone(connection: socket.socket) -> bool:

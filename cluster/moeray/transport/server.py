@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from time import monotonic, sleep
 
 import torch
@@ -18,14 +18,14 @@ import torch
 from moeray.config import ChannelUsers
 from moeray.transport.backends import build_communicator, join_store
 from moeray.transport.channel import ChannelListener
-from moeray.transport.connection import geometry_of
 from moeray.transport.errors import HandshakeRefused
 from moeray.transport.handshake import Hello, ModelIdentity, Start, receive_message, send_message
 from moeray.transport.interface import ExpertCompute
 from moeray.transport.links import CHANNEL_BACKENDS
 from moeray.transport.merging import MergedCompute
-from moeray.transport.rendezvous import keep_alive, peer_has_gone
+from moeray.transport.rendezvous import keep_alive, keep_alive_all, peer_has_gone
 from moeray.transport.session import BufferedLink, ComputeInto, GroupLink, Session, SessionCounts, copying
+from moeray.transport.spec import geometry_of
 
 HANDSHAKE_TIMEOUT_S = 5.0
 MAX_CONNECT_TIMEOUT_S = 120.0
@@ -60,8 +60,7 @@ class GroupServer:
         compute: ExpertCompute | MergedCompute,
         identity: ModelIdentity,
         *,
-        group: int,
-        generation: int,
+        positions: Mapping[int, int] | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
         backend: str = "gloo",
@@ -73,22 +72,15 @@ class GroupServer:
 
         Args:
             compute: called from several threads at once; a `MergedCompute` lets calls of several shards be one.
-            group: index of this group in the placement.
+            positions: see `serve_generations`; None refuses every shard until that is called.
             host: the only address listened on; port 0 takes a free one.
             may_poll: no other process needs this one's cores: a single shard's next call is awaited without sleeping.
             channel: which shards of this node may use shared memory instead of the backend (gloo only).
         """
         self._may_poll = may_poll
         self._compute: ComputeInto = compute if isinstance(compute, MergedCompute) else copying(compute)
-        self._hello = Hello(
-            sender=f"expert group {group}",
-            backend=backend,
-            group=group,
-            generation=generation,
-            inline_rows=1,
-            max_tokens=1,
-            identity=identity,
-        )
+        self._identity, self._backend = identity, backend
+        self._positions: Mapping[int, int] = dict(positions or {})
         self._host, self._port = host, port
         self._device = torch.device(device)
         self._channel = channel if backend in CHANNEL_BACKENDS else "off"
@@ -107,12 +99,18 @@ class GroupServer:
         return f"{self._host}:{self._listener.getsockname()[1]}"
 
     @property
-    def generation(self) -> int:
-        return self._hello.generation
+    def name(self) -> str:
+        """For messages."""
+        positions = self._positions
+        return f"expert group {positions[max(positions)] if positions else '(in no generation)'}"
 
-    def set_generation(self, generation: int) -> None:
-        """From now on, shards of another generation are refused, and calls of connected ones fail as stale."""
-        self._hello = replace(self._hello, generation=generation)
+    def serve_generations(self, positions: Mapping[int, int]) -> None:
+        """From now on, shards of other generations are refused, and calls of connected ones fail as stale.
+
+        Args:
+            positions: generation -> this group's number in its placement.
+        """
+        self._positions = dict(positions)
 
     def shards(self) -> tuple[ConnectedShard, ...]:
         """Shards being served now."""
@@ -168,11 +166,11 @@ class GroupServer:
         torch.get_num_threads()
         try:
             reason = self._serve(shard)
-            logger.info("%s: %s went away: %s", self._hello.sender, shard.name, reason)
+            logger.info("%s: %s went away: %s", self.name, shard.name, reason)
         except HandshakeRefused as error:
-            logger.warning("%s refused %s: %s", self._hello.sender, shard.address, error)
+            logger.warning("%s refused %s: %s", self.name, shard.address, error)
         except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-            logger.warning("%s dropped %s %s: %s", self._hello.sender, shard.name, shard.address, error)
+            logger.warning("%s dropped %s %s: %s", self.name, shard.name, shard.address, error)
         finally:
             with self._lock:
                 self._shards.remove(shard)
@@ -187,7 +185,7 @@ class GroupServer:
             if listener is not None:
                 listener.close()
         shard.counts, shard.serving = session.counts, True
-        logger.info("%s serves %s (%s), generation %d", self._hello.sender, shard.name, shard.address, hello.generation)
+        logger.info("%s serves %s (%s), generation %d", self.name, shard.name, shard.address, hello.generation)
         return session.serve()
 
     def _greet(self, shard: ConnectedShard, channel: str) -> Hello:
@@ -195,9 +193,10 @@ class GroupServer:
         deadline = monotonic() + HANDSHAKE_TIMEOUT_S
         refused: str | None = None
         theirs: Hello | None = None
-        ours = replace(self._hello, channel=channel)
+        ours = self._hello(channel, None)
         try:
             theirs = Hello.from_json(receive_message(shard.connection, deadline))
+            ours = self._hello(channel, theirs.generation)
             refused = ours.disagreement(theirs)
         except HandshakeRefused as error:
             refused = str(error)
@@ -206,6 +205,15 @@ class GroupServer:
             raise HandshakeRefused(refused)
         shard.name, shard.generation = theirs.sender, theirs.generation
         return theirs
+
+    def _hello(self, channel: str, wanted: int | None) -> Hello:
+        """To a shard of the wanted generation: as of that one if it is served, else of the newest."""
+        positions = self._positions
+        generation = wanted if wanted is not None and wanted in positions else max(positions, default=0)
+        return Hello(
+            sender=self.name, backend=self._backend, group=positions.get(generation, 0), generation=generation,
+            inline_rows=1, max_tokens=1, identity=self._identity, channel=channel,
+        )  # fmt: skip
 
     def _join(self, shard: ConnectedShard, theirs: Hello, listener: ChannelListener | None) -> Session:
         # The shard greets its other groups first, so this may take as long as its connecting does.
@@ -228,10 +236,11 @@ class GroupServer:
                 connect_timeout_s=timeout_s,
                 peer_gone=_rank_if_gone(shard.connection),
             )
-            link = BufferedLink(communicator, geometry, theirs.max_tokens)
+            host = shard.connection.getpeername()[0]
+            link = BufferedLink(communicator, geometry, theirs.max_tokens, lambda: keep_alive_all(host))
             del communicator
         send_message(shard.connection, {"ready": True}, monotonic() + HANDSHAKE_TIMEOUT_S)
-        return Session(link, geometry, self._compute, lambda: self.generation)
+        return Session(link, geometry, self._compute, lambda: self._positions)
 
 
 def _rank_if_gone(connection: socket.socket) -> Callable[[], int | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -65,14 +65,18 @@ class BufferedLink:
     finds its receive posted.
     """
 
-    def __init__(self, communicator: Communicator, geometry: Geometry, max_tokens: int) -> None:
+    def __init__(
+        self, communicator: Communicator, geometry: Geometry, max_tokens: int, on_connected: Callable[[], None]
+    ) -> None:
         """Make room.
 
         Args:
+            on_connected: called when the first message is here: backends connect on first use.
             max_tokens: of one message. Gloo takes a shorter message into a larger receive, so all of it comes at once;
                 the system commits only what is written.
         """
         self._communicator = communicator
+        self._on_connected: Callable[[], None] | None = on_connected
         self.device = communicator.device
         num_bytes = geometry.block_bytes
         if not communicator.bucketed:
@@ -83,6 +87,9 @@ class BufferedLink:
     def next_block(self, reply: Tensor | None) -> Tensor:
         sends = [] if reply is None else [(reply, 0)]
         self._communicator.exchange(sends, [(self._block, 0)]).wait(None)
+        if self._on_connected is not None:
+            self._on_connected()
+            self._on_connected = None
         return self._block
 
     def payload(self, num_bytes: int) -> Tensor:
@@ -134,17 +141,17 @@ class Session:
     """Serves one shard; its thread alone uses it."""
 
     def __init__(
-        self, link: GroupLink, geometry: Geometry, compute: ComputeInto, generation: Callable[[], int]
+        self, link: GroupLink, geometry: Geometry, compute: ComputeInto, generations: Callable[[], Collection[int]]
     ) -> None:
         """Nothing is received yet.
 
         Args:
-            generation: the group's current one; other generations' calls are answered with STALE.
+            generations: that the group serves now; other generations' calls are answered with STALE.
         """
         self._link = link
         self._geometry = geometry
         self._compute = compute
-        self._generation = generation
+        self._generations = generations
         self._views: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.counts = SessionCounts()
 
@@ -169,9 +176,9 @@ class Session:
         # Before anything can go wrong: a second message has to be received whatever becomes of the call.
         rows = None if header.flags & PROBE else self._rows(header, block)
         reply = self._link.reply((geometry.status_rows + header.reply_pairs) * geometry.row_bytes)
-        generation, status, text = self._generation(), Status.OK, ""
-        if header.generation != generation:
-            status = Status.STALE
+        generation, status, text = header.generation, Status.OK, ""
+        if generation not in (served := self._generations()):
+            generation, status = max(served, default=0), Status.STALE
         elif rows is not None:
             try:
                 self._compute_rows(header, *rows, reply)
