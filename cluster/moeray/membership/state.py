@@ -1,23 +1,38 @@
 """The membership state machine: events in, a new immutable state out.
 
-A generation is one agreed set of expert groups. It forms when every group number has a ready group, and a new one
-forms whenever that set has changed and is complete again. Between the loss of a group and the next generation the
-old number stays, marked incomplete: nothing may be dispatched.
+A *generation* is one agreed (placement, ordered expert groups). It changes in two phases: a new number is *proposed*,
+every group of it loads what it lacks and says `prepared`; then it is *committed*, in force. Shards move to it each at
+its own pace and say `adopted`; until none uses an older one, groups keep what that one needs. Numbers never go back, a
+proposal that one of its groups did not live to see is withdrawn and its number never used again.
 
-Only members that serve the same model share a generation. A generation of a model that was not served before (the
-first one above all) forms when at least one shard has loaded it too and no loaded shard has another one. Once it is in
-force its model stands: a group with another one cannot complete the next generation, a shard with another one is left
-out and does not hold up the others. `View.mismatches` names who and why.
+When a new one is proposed:
+* the first, when the groups that are wanted (`target`) are ready;
+* when the set of ready groups has changed and is whole again (a lost group was replaced, a draining one goes);
+* when groups came beside those that are wanted and no other came for `join_debounce_s`: then they are wanted;
+* when the set has been less than whole for `regroup_s`: then those that are there take over;
+* when somebody has a better placement for the same groups (`propose_placement`).
+
+Only members that serve the same model share a generation. One of a model that was not served before (the first above
+all) is proposed if no shard has loaded another model, and committed when at least one shard has loaded it. Once it is
+in force its model stands: who has another one takes no part and holds up nobody. `View.mismatches` names who and why.
+
+Every event may come late, twice or never; each says below what it does then. Time enters as `at(now)` alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Any
 
-from moeray.membership.agreement import Identity, agree, disagreements
+from moeray.membership.accusations import Accusation, convicted, recent
+from moeray.membership.agreement import Identity
+from moeray.membership.cluster_state import ClusterState, Delays
+from moeray.membership.generation import Generation
 from moeray.membership.members import Member, MemberState, Role
+from moeray.membership.settling import changed, committed, settled
+from moeray.placement import Layout, Placement
 
 NUM_LOST_REMEMBERED = 8
 
@@ -27,142 +42,217 @@ class MembershipError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class View:
-    """What shards and ingresses need to know, at one version of the state.
-
-    Attributes:
-        epoch: which life of the controller this is of; versions of different epochs do not compare.
-        version: grows with every event that changed the state.
-        generation: 0 until the first one formed.
-        is_complete: every expert group of the generation is alive.
-        missing: of an incomplete generation, each group that is not there and why.
-        group_addresses: [N] in group order, of the current generation.
-        shards: ready attention shards, id -> relay address.
-        mismatches: id -> how a member's model differs from the others'; such a member takes no part.
-    """
-
-    epoch: int
-    version: int
-    generation: int
-    is_complete: bool
-    missing: tuple[str, ...]
-    group_addresses: tuple[str, ...]
-    shards: Mapping[str, str]
-    mismatches: Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Membership:
-    """The whole state. `num_groups` 0 means that experts are not remote: generation 1 forms at once.
-
-    Attributes:
-        groups: ids of the generation's groups, in group order.
-        served: identity of the generation's model; None before the first, and without remote groups.
-    """
-
-    num_groups: int
-    epoch: int = 0
-    version: int = 0
-    generation: int = 0
-    groups: tuple[str, ...] = ()
-    served: Identity | None = None
-    members: Mapping[str, Member] = field(default_factory=lambda: MappingProxyType({}))
+class Membership(ClusterState):
+    """The state and the events that change it; see module docstring."""
 
     @classmethod
-    def start(cls, num_groups: int, *, epoch: int = 0) -> Membership:
-        return cls(num_groups=num_groups, epoch=epoch, generation=0 if num_groups else 1)
+    def start(
+        cls, target: int, layout: Layout, delays: Delays | None = None, *, epoch: int = 0, now: float = 0.0
+    ) -> Membership:
+        """A cluster without members."""
+        first = Generation(0 if target else 1)
+        return cls(
+            layout, delays or Delays(), target, epoch, now=now, newest=first.number, current=first, last_ready=now
+        )
+
+    # --- members come and go
 
     def join(
-        self, *, id: str, role: Role, pid: int, node: str, index: int | None = None, generation: int = 0
+        self,
+        *,
+        id: str,
+        role: Role,
+        pid: int,
+        node: str,
+        index: int | None = None,
+        generation: int = 0,
+        heard: int = 0,
     ) -> Membership:
-        """A process starts, or comes back to a controller that was restarted and knows nobody.
+        """A process starts, or comes back: to a restarted controller, or because its lease broke and it did not.
 
         Args:
             index: the number it had; None gives it the lowest free one of its role.
-            generation: the newest one it is part of. If all groups come back from the same one, it goes on as it was;
-                otherwise the next to form is above it.
+            generation: the newest one it is part of or has adopted. It is in force, even if this controller only knows
+                it as proposed; if it does not know it at all, a newer one is proposed for the same groups.
+            heard: the highest number it has heard of, be it only as a proposal; the next is above it.
         Raises:
-            MembershipError: id or number are taken, or the expert groups are all there already.
+            MembershipError: it has joined, it was given up, its number is taken, or there are more groups than experts.
         """
-        if id in self.members and self.members[id].is_alive:
+        member, heard = self.members.get(id), max(heard, generation)
+        if id in self.awaited and member is not None:
+            back = replace(member, pid=pid, node=node, generation=max(member.generation, generation))
+            return settled(self._with(back, awaited=self.awaited - {id})._told(generation, heard))
+        if member is not None and member.is_alive:
             raise MembershipError(f"{role} {id} has joined already")
-        taken = {member.index for member in self.members.values() if member.role is role and member.is_alive}
+        if member is not None and member.given_up:
+            raise MembershipError(f"{role} {id} was given up: {member.reason}")
+        taken = {other.index for other in self.members.values() if other.role is role and other.is_alive}
         if index is None:
             index = next(number for number in range(len(taken) + 1) if number not in taken)
         if index in taken:
             raise MembershipError(f"{role} {id} cannot take number {index} back: another process has it")
-        if role is Role.EXPERT_GROUP and index >= self.num_groups:
-            raise MembershipError(f"expert group {id} is one too many: all {self.num_groups} group numbers are taken")
-        return self._with(Member(id, role, pid, node, index, generation=generation))
+        if role is Role.EXPERT_GROUP and len(taken) >= self.layout.num_experts:
+            raise MembershipError(f"expert group {id} is one too many: {self.layout.num_experts} are there already")
+        state = self._with(Member(id, role, pid, node, index, generation=generation))
+        if role is Role.EXPERT_GROUP:
+            state = state._replaced(index)
+        elif role is Role.ATTENTION_SHARD and generation:
+            state = replace(state, floors=MappingProxyType({**state.floors, id: generation}))
+        return settled(state._told(generation, heard))
 
     def identify(self, id: str, identity: Identity) -> Membership:
-        """A process has loaded its part of this model; a group says so before it is ready, a shard before it connects.
+        """A process has opened this model; a group says so before it is ready, a shard before it connects.
 
         Raises:
             MembershipError: not a living member.
         """
-        return self._with(replace(self._alive(id), identity=MappingProxyType(dict(identity))))._formed()
+        member = replace(self._alive(id), identity=MappingProxyType(dict(identity)))
+        floors = dict(self.floors)
+        if member.role is Role.ATTENTION_SHARD:
+            floors.setdefault(id, self.current.number)
+        return settled(self._with(member, floors=MappingProxyType(floors)))
 
     def ready(self, id: str, address: str) -> Membership:
-        """A process can serve at `address`."""
-        return self._with(replace(self._alive(id), state=MemberState.READY, address=address))._formed()
+        """A process can serve at `address`. A draining one stays what it is: that is for good."""
+        member = self._alive(id)
+        if member.state is MemberState.DRAINING:
+            return self
+        came = member.role is Role.EXPERT_GROUP and member.state is not MemberState.READY
+        state = self._with(replace(member, state=MemberState.READY, address=address))
+        return settled(replace(state, last_ready=self.now) if came else state)
 
     def unready(self, id: str) -> Membership:
-        """A process cannot serve for the moment (a shard that waits for the next generation)."""
-        return self._with(replace(self._alive(id), state=MemberState.STARTING))
+        """A process cannot serve for the moment (a shard that connects to its groups anew)."""
+        member = self._alive(id)
+        if member.state is MemberState.DRAINING:
+            return self
+        return settled(self._with(replace(member, state=MemberState.STARTING)))
 
     def drain(self, id: str) -> Membership:
-        """A process finishes what it has and takes nothing new."""
-        return self._with(replace(self._alive(id), state=MemberState.DRAINING))._formed()
-
-    def lose(self, id: str, reason: str) -> Membership:
-        """A process is gone. Losing it twice changes nothing."""
-        member = self.members.get(id)
-        if member is None or not member.is_alive:
+        """A process finishes what it has and takes nothing new; an expert group is not wanted any more."""
+        member = self._alive(id)
+        if member.state is MemberState.DRAINING:
             return self
-        return self._with(replace(member, state=MemberState.LOST, reason=reason))._formed()
+        state = self._with(replace(member, state=MemberState.DRAINING))
+        if member.role is Role.EXPERT_GROUP:
+            state = replace(state, target=max(1, min(state.target, state.expected_groups())))
+        return settled(state)
+
+    def lose(self, id: str, reason: str, *, give_up: bool = False) -> Membership:
+        """A process is gone, or (`give_up`) of no use although it may still run. Losing it twice changes nothing."""
+        member = self.members.get(id)
+        if member is None or not (member.is_alive or (give_up and not member.given_up)):
+            return self
+        gone = replace(member, state=MemberState.LOST, reason=member.reason or reason, given_up=give_up)
+        return settled(self._with(gone, awaited=self.awaited - {id}))
 
     def forget(self, id: str) -> Membership:
         """A process left as asked: nothing remains to be shown."""
         if id not in self.members:
             return self
-        return replace(self, version=self.version + 1, members=_without(self.members, {id}))._formed()
+        return settled(changed(self, members=_without(self.members, {id}), awaited=self.awaited - {id}))
 
-    @property
-    def is_complete(self) -> bool:
-        return (
-            self.generation > 0
-            and len(self.groups) == self.num_groups
-            and all(id in self.members and self.members[id].state is MemberState.READY for id in self.groups)
+    # --- generations
+
+    def prepared(self, id: str, generation: int) -> Membership:
+        """A group has loaded what it needs in `generation`; of another than the proposed one it is late, and ignored.
+
+        Raises:
+            MembershipError: not a living member, or a generation that there never was.
+        """
+        self._alive(id)
+        if generation > self.newest:
+            raise MembershipError(f"{id} has prepared generation {generation}, but the newest is {self.newest}")
+        proposal = self.proposal
+        if proposal is None or generation != proposal.number or id not in proposal.groups or id in self.prepared_by:
+            return self
+        return settled(changed(self, prepared_by=self.prepared_by | {id}))
+
+    def adopted(self, id: str, generation: int) -> Membership:
+        """A shard uses `generation` and none before it. Late news of an older one is ignored.
+
+        Raises:
+            MembershipError: not a living shard, or a generation that is not in force yet.
+        """
+        member = self._alive(id)
+        if member.role is not Role.ATTENTION_SHARD:
+            raise MembershipError(f"{id} is a {member.role}: only attention shards adopt generations")
+        if generation > self.current.number:
+            raise MembershipError(f"{id} has adopted generation {generation}, but {self.current.number} is in force")
+        if generation <= self.floors.get(id, -1) and generation <= member.generation:
+            return self
+        floors = MappingProxyType({**self.floors, id: max(generation, self.floors.get(id, 0))})
+        adopter = replace(member, generation=max(generation, member.generation))
+        return settled(self._with(adopter, floors=floors))
+
+    def accuse(self, by: str, id: str, reason: str, *, certain: bool = True) -> Membership:
+        """A shard finds a group bad; if that is believed (accusations.py), the group is given up.
+
+        An accusation of a group that nobody uses or that was given up, or by one who is no living shard, changes
+        nothing. A group whose lease is gone is given up at once: it is not taken back.
+        """
+        group, shards = self.members.get(id), self.users()
+        is_used = any(id in generation.groups for generation in (*self.past, self.current))
+        if group is None or group.given_up or not is_used or by not in {shard.id for shard in shards}:
+            return self
+        alive = {member.id for member in self.members.values() if member.is_alive}
+        said = (*recent(self.accusations, self.now, alive), Accusation(by, id, self.now, certain))
+        loses_experts = not self.current.covers(self.absent() | {id})
+        if group.is_alive and not convicted(said, id, num_shards=len(shards), loses_experts=loses_experts):
+            return replace(self, accusations=said)
+        return replace(self, accusations=said).lose(
+            id, f"given up: {reason} (says {self.members[by].name})", give_up=True
         )
 
-    def view(self) -> View:
-        return View(
-            epoch=self.epoch,
-            version=self.version,
-            generation=self.generation,
-            is_complete=self.is_complete,
-            missing=self._missing(),
-            group_addresses=tuple(self.members[id].address if id in self.members else "" for id in self.groups),
-            shards={
-                member.id: member.address
-                for member in self.members.values()
-                if member.role is Role.ATTENTION_SHARD and member.state is MemberState.READY
-            },
-            mismatches=self.mismatches(),
-        )
+    def scale(self, num_groups: int) -> Membership:
+        """So many expert groups are wanted; they come and go by other hands.
 
-    def mismatches(self) -> dict[str, str]:
-        """See `View.mismatches`."""
-        return disagreements([*self._ready_groups(), *self._loaded_shards()], self.served)
+        Raises:
+            MembershipError: experts are not remote, or the number is none that the experts can be spread over.
+        """
+        if not self.target:
+            raise MembershipError("experts are not in expert groups here (experts.num_groups is 0): nothing to scale")
+        if not 1 <= num_groups <= self.layout.num_experts:
+            raise MembershipError(
+                f"{num_groups} expert groups cannot share {self.layout.num_experts} routed experts: "
+                f"1 to {self.layout.num_experts} can"
+            )
+        if num_groups < self.layout.min_copies:
+            raise MembershipError(
+                f"{num_groups} expert groups cannot hold {self.layout.min_copies} copies of each expert "
+                "(experts.min_copies)"
+            )
+        if num_groups == self.target:
+            return self
+        return settled(changed(self, target=num_groups))
 
-    def _missing(self) -> tuple[str, ...]:
-        missing = []
-        for index, id in enumerate(self.groups):
-            member = self.members.get(id)
-            if member is None or member.state is not MemberState.READY:
-                missing.append(f"expert group {index} ({member.reason or member.state if member else 'left'})")
-        return tuple(missing)
+    def propose_placement(self, placement: Placement, based_on: int) -> Membership:
+        """Propose another placement for the groups of generation `based_on`.
+
+        Raises:
+            MembershipError: the state has moved on, or is on its way, from that generation.
+        """
+        if self.proposal is not None or based_on != self.current.number or not self.is_settled:
+            raise MembershipError(f"a placement for generation {based_on} is of no use now")
+        if self.oldest < self.current.number:
+            raise MembershipError(f"shards still use generation {self.oldest}; {self.current.number} is in force")
+        if placement.num_groups != len(self.current.groups):
+            raise MembershipError(
+                f"a placement for {placement.num_groups} groups, but there are {len(self.current.groups)}"
+            )
+        number = self.newest + 1
+        proposal = replace(self.current, number=number, placement=replace(placement, generation=number))
+        return changed(self, newest=number, proposal=proposal, prepared_by=frozenset())
+
+    def at(self, now: float) -> Membership:
+        """The same state at another time."""
+        return replace(self, now=now)
+
+    def tick(self) -> Membership:
+        """Do what only the passing of time makes right."""
+        return settled(self)
+
+    # --- what an event leads to
 
     def _alive(self, id: str) -> Member:
         member = self.members.get(id)
@@ -170,52 +260,28 @@ class Membership:
             raise MembershipError(f"{id} is not a member{f': lost, {member.reason}' if member else ''}")
         return member
 
-    def _with(self, member: Member) -> Membership:
+    def _with(self, member: Member, **changes: Any) -> Membership:
         members = {**self.members, member.id: member}
         lost = [other.id for other in members.values() if not other.is_alive]
         surplus = set(lost[: max(0, len(lost) - NUM_LOST_REMEMBERED)])
-        return replace(self, version=self.version + 1, members=_without(members, surplus))
+        return changed(self, members=_without(members, surplus), **changes)
 
-    def _ready_groups(self) -> list[Member]:
-        """In group order."""
-        groups = [member for member in self.members.values() if member.role is Role.EXPERT_GROUP]
-        return sorted((g for g in groups if g.state is MemberState.READY), key=lambda member: member.index)
+    def _told(self, generation: int, heard: int) -> Membership:
+        """A member that joins says that `generation` is or was in force, and `heard` was the newest."""
+        state = replace(self, newest=max(self.newest, heard), claimed=max(self.claimed, generation))
+        if self.proposal is not None and self.proposal.number == generation:
+            return committed(state)
+        return state
 
-    def _loaded_shards(self) -> list[Member]:
-        """By number; draining ones are on their way out and have no say."""
-        shards = [member for member in self.members.values() if member.role is Role.ATTENTION_SHARD]
-        loaded = (s for s in shards if s.identity is not None and s.state in (MemberState.STARTING, MemberState.READY))
-        return sorted(loaded, key=lambda member: member.index)
-
-    def _formed(self) -> Membership:
-        ready = self._ready_groups()
-        groups = tuple(member.id for member in ready)
-        if len(groups) < self.num_groups or groups == self.groups:
-            return self
-        claims = {member.generation for member in ready}
-        came_back_as_they_were = not self.groups and len(claims) == 1 and claims != {0}
-        if not self._have_one_model(ready, stands=came_back_as_they_were):
-            return self
-        newest = max(claims | {self.generation})
-        generation = newest if came_back_as_they_were else newest + 1
-        members = {**self.members, **{member.id: replace(member, generation=generation) for member in ready}}
-        return replace(
-            self,
-            version=self.version + 1,
-            generation=generation,
-            groups=groups,
-            served=ready[0].identity,
-            members=MappingProxyType(members),
-        )
-
-    def _have_one_model(self, groups: list[Member], *, stands: bool) -> bool:
-        """Whether these groups may form a generation; `stands`: they are known to have served together."""
-        if not agree(groups):
-            return False
-        if stands or (self.served is not None and groups[0].identity == self.served):
-            return True
-        shards = self._loaded_shards()
-        return bool(shards) and agree([groups[0], *shards])
+    def _replaced(self, index: int) -> Membership:
+        """Lost groups that had this number are not taken back: another one has it now."""
+        members = {
+            m.id: replace(m, given_up=True)
+            if m.role is Role.EXPERT_GROUP and m.index == index and not m.is_alive
+            else m
+            for m in self.members.values()
+        }
+        return replace(self, members=MappingProxyType(members))
 
 
 def _without(members: Mapping[str, Member], ids: set[str]) -> Mapping[str, Member]:

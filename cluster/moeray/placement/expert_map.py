@@ -11,8 +11,12 @@ depend on the placement.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
+
+NOWHERE = -1
+"""In place of a group: no living group holds the expert."""
 
 
 class PlacementError(ValueError):
@@ -71,16 +75,43 @@ class Placement:
         before = set(self.expert_of_slot[layer][: sum(self.slots_per_group[:group])])
         return tuple(expert for expert in self.experts_of_group(group, layer) if expert in before)
 
-    def group_of_expert(self, layer: int, shard: int = 0) -> tuple[int, ...]:
+    def group_of_expert(self, layer: int, shard: int = 0, absent: Set[int] = frozenset()) -> tuple[int, ...]:
         """[E] the group that serves each logical expert of `layer` to attention shard number `shard`.
 
         The shards take turns at an expert's copies, and neighbouring experts begin at different ones: so copies share
         the load of many shards as well as of one.
+
+        Args:
+            absent: groups that are not asked; an expert whose copies are all there is NOWHERE.
         """
+        groups_E = self._holders(layer)
+        if absent:
+            groups_E = [[group for group in groups if group not in absent] for groups in groups_E]
+        return tuple(
+            groups[(expert + shard) % len(groups)] if groups else NOWHERE for expert, groups in enumerate(groups_E)
+        )
+
+    def covers(self, absent: Set[int]) -> bool:
+        """Whether every expert of every layer has a copy in a group that is not `absent`."""
+        if not absent:
+            return True
+        owners = self.group_of_slot()
+        return all(
+            len({expert for expert, group in zip(experts, owners, strict=True) if group not in absent})
+            == self.num_experts
+            for experts in set(self.expert_of_slot)
+        )
+
+    def num_copies(self, layer: int) -> tuple[int, ...]:
+        """[E] in how many groups each logical expert of `layer` is."""
+        return tuple(len(set(groups)) for groups in self._holders(layer))
+
+    def _holders(self, layer: int) -> list[list[int]]:
+        """[E] the groups of each expert's slots, in slot order."""
         groups_E: list[list[int]] = [[] for _ in range(self.num_experts)]
         for expert, group in zip(self.expert_of_slot[layer], self.group_of_slot(), strict=True):
             groups_E[expert].append(group)
-        return tuple(groups[(expert + shard) % len(groups)] for expert, groups in enumerate(groups_E))
+        return groups_E
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -1,167 +1,205 @@
-"""Invariants of the membership state machine."""
+"""What each event does to the membership."""
 
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+from memberships import DELAYS, TWICE, adopted, formed, later, prepared, start, with_group, with_shard
 
 from moeray.membership import Membership, MembershipError, MemberState, Role
-from moeray.membership.state import NUM_LOST_REMEMBERED
+from moeray.membership.cluster_state import ClusterState
 
 
-def with_shard(state: Membership, id: str = "s", **identity: object) -> Membership:
-    """A shard that has loaded its model and waits for a generation."""
-    return state.join(id=id, role=Role.ATTENTION_SHARD, pid=1, node="n").identify(id, identity)
+def of(state: ClusterState) -> tuple[int, tuple[str, ...]]:
+    return state.current.number, state.current.groups
 
 
-def with_groups(num_groups: int) -> Membership:
-    state = with_shard(Membership.start(num_groups), "first")
-    for group in range(num_groups):
-        state = state.join(id=f"g{group}", role=Role.EXPERT_GROUP, pid=1, node="n").identify(f"g{group}", {})
-        state = state.ready(f"g{group}", f"host:{group}")
-    return state
+def test_the_first_generation_is_proposed_when_all_groups_are_ready_and_in_force_when_all_have_prepared_it() -> None:
+    state = with_group(with_shard(start(2)), "a")
+    assert (state.current.number, state.proposal) == (0, None)
+    state = with_group(state, "b")
+    view = state.view()
+    assert (view.generation, view.proposed, view.proposed_groups) == (0, 1, ("a", "b"))
+    state = state.prepared("a", 1)
+    assert state.current.number == 0
+    view = state.prepared("b", 1).view()
+    assert (view.generation, view.proposed, view.groups) == (1, 0, ("a", "b"))
+    assert (view.addresses, view.is_complete, view.is_covered) == (("host:a", "host:b"), True, True)
 
 
-def test_first_generation_forms_when_every_group_is_ready() -> None:
-    state = with_shard(Membership.start(2))
-    state = state.join(id="a", role=Role.EXPERT_GROUP, pid=1, node="n").identify("a", {}).ready("a", "h:1")
-    assert state.generation == 0 and not state.is_complete
-    state = state.join(id="b", role=Role.EXPERT_GROUP, pid=2, node="n").identify("b", {})
-    assert state.generation == 0
-    state = state.ready("b", "h:2")
-    assert (state.generation, state.is_complete) == (1, True)
-    assert state.view().group_addresses == ("h:1", "h:2")
+def test_a_lost_group_is_replaced_under_its_number_without_moving_any_expert() -> None:
+    before = formed(3)
+    state = before.lose("g1", "killed")
+    assert (of(state), state.is_complete, state.view().missing) == (
+        (1, ("g0", "g1", "g2")), False, ("expert group 1 (killed)",)
+    )  # fmt: skip
+    assert state.view().addresses == ("host:g0", "", "host:g2")
+    state = prepared(with_group(state, "new"))
+    assert (of(state), state.is_complete) == ((2, ("g0", "new", "g2")), True)
+    assert state.current.placement is not None and before.current.placement is not None
+    assert state.current.placement.expert_of_slot == before.current.placement.expert_of_slot
 
 
-def test_loss_keeps_the_generation_but_marks_it_incomplete_until_a_replacement_forms_the_next() -> None:
-    state = with_groups(2).lose("g0", "killed")
-    assert (state.generation, state.is_complete) == (1, False)
-    assert state.view().missing == ("expert group 0 (killed)",)
-    state = state.join(id="new", role=Role.EXPERT_GROUP, pid=3, node="n").identify("new", {})
-    assert state.members["new"].index == 0, "the replacement takes the lost group's number"
-    state = state.ready("new", "h:9")
-    assert (state.generation, state.is_complete) == (2, True)
-    assert state.view().group_addresses == ("h:9", "host:1")
+def test_coverage_is_what_the_placement_says() -> None:
+    once, twice = formed(3).lose("g1", "killed"), formed(3, TWICE).lose("g1", "killed")
+    assert (once.is_covered, twice.is_covered, twice.is_complete) == (False, True, False)
+    assert not twice.lose("g0", "killed").is_covered
 
 
-def test_a_group_too_many_is_refused_with_the_arithmetic() -> None:
-    with pytest.raises(MembershipError, match="all 2 group numbers are taken"):
-        with_groups(2).join(id="third", role=Role.EXPERT_GROUP, pid=1, node="n")
+def test_the_survivors_take_over_when_a_lost_group_has_not_come_back_in_time() -> None:
+    state = later(formed(3).lose("g1", "killed"), DELAYS.regroup_s - 0.1)
+    assert state.proposal is None
+    state = prepared(later(state, 0.2))
+    assert (of(state), state.target) == ((2, ("g0", "g2")), 3)
+    state = prepared(with_group(state, "back"))
+    assert of(state) == (3, ("g0", "back", "g2"))
 
 
-def test_not_split_forms_generation_one_without_groups() -> None:
-    assert Membership.start(0).view().is_complete
-    assert Membership.start(0).generation == 1
+def test_a_group_that_joins_and_dies_again_and_again_does_not_keep_the_survivors_waiting() -> None:
+    state = formed(3).lose("g1", "killed")
+    for attempt in range(13):
+        id = f"g1-{attempt}"
+        state = later(state.join(id=id, role=Role.EXPERT_GROUP, pid=1, node="n"), 5.0).lose(id, "killed")
+    assert state.view().proposed_groups == ("g0", "g2")
+
+
+def test_groups_beside_those_that_are_wanted_are_taken_in_once_no_other_comes() -> None:
+    state = later(with_group(later(with_group(formed(2), "c"), 0.9), "d"), 0.9)
+    assert state.proposal is None
+    state = prepared(later(state, 0.2))
+    assert (of(state), state.target) == ((2, ("g0", "g1", "c", "d")), 4)
+
+
+def test_scaling_up_waits_for_all_and_is_one_generation() -> None:
+    state = later(with_group(formed(2).scale(4), "c"), 30.0)
+    assert state.proposal is None
+    assert of(prepared(with_group(state, "d"))) == (2, ("g0", "g1", "c", "d"))
+
+
+def test_scaling_up_takes_what_came_if_the_rest_does_not() -> None:
+    state = later(with_group(formed(2).scale(4), "c"), DELAYS.regroup_s)
+    assert state.view().proposed_groups == ("g0", "g1", "c")
+
+
+def test_a_draining_group_serves_until_no_shard_uses_a_generation_with_it() -> None:
+    state = formed(3).scale(2).drain("g1")
+    view = state.view()
+    assert (view.proposed_groups, view.addresses, view.is_complete) == (("g0", "g2"), formed(3).view().addresses, True)
+    assert view.may_leave == frozenset()
+    state = prepared(state)
+    assert (of(state), state.view().may_leave, state.view().oldest) == ((2, ("g0", "g2")), frozenset(), 1)
+    state = adopted(state)
+    assert (state.view().may_leave, state.view().oldest) == (frozenset({"g1"}), 2)
+    state = later(state.forget("g1"), 1000.0)
+    assert (of(state), state.proposal, state.target) == ((2, ("g0", "g2")), None, 2)
+
+
+def test_a_drain_without_a_word_before_it_makes_the_target_smaller_but_not_that_of_a_lost_group() -> None:
+    assert formed(3).drain("g1").target == 2
+    state = formed(3).lose("g0", "killed").drain("g1")
+    assert (state.target, state.proposal) == (2, None), "the lost one is expected back, and has experts of its own"
+    assert with_group(state, "new").view().proposed_groups == ("new", "g2")
+
+
+def test_all_groups_may_leave_when_there_is_no_shard_left() -> None:
+    state = formed(2).drain("g0").drain("g1")
+    assert state.view().may_leave == frozenset()
+    assert state.forget("s").view().may_leave == {"g0", "g1"}
+
+
+def test_a_draining_process_cannot_become_ready_again() -> None:
+    state = formed(2).drain("g0")
+    assert state.ready("g0", "host:g0").unready("g0").members["g0"].state is MemberState.DRAINING
+
+
+@pytest.mark.parametrize("how", ["lose", "drain", "unready", "forget"])
+def test_a_proposal_whose_group_goes_is_withdrawn_and_its_number_is_never_used_again(how: str) -> None:
+    state = with_group(formed(2).lose("g0", "killed"), "new").prepared("new", 2)
+    assert state.view().proposed == 2
+    arguments = ("new", "killed") if how == "lose" else ("new",)
+    state = getattr(state, how)(*arguments)
+    assert (state.current.number, state.proposal is None or state.proposal.number > 2) == (1, True)
+    state = prepared(with_group(state.forget("new"), "newer"))
+    assert state.current.number > 2 and state.is_complete
+
+
+def test_news_of_other_generations_than_the_proposed_one_is_ignored_or_refused() -> None:
+    state = with_group(formed(2).lose("g0", "killed"), "new")
+    assert state.prepared("new", 1) == state and state.prepared("g1", 2).prepared("g1", 2).current.number == 1
+    with pytest.raises(MembershipError, match="has prepared generation 3, but the newest is 2"):
+        state.prepared("new", 3)
+    with pytest.raises(MembershipError, match="g0 is not a member: lost, killed"):
+        state.prepared("g0", 2)
+    with pytest.raises(MembershipError, match="has adopted generation 2, but 1 is in force"):
+        state.adopted("s", 2)
+    with pytest.raises(MembershipError, match="only attention shards adopt"):
+        state.adopted("g1", 1)
+    after = prepared(state)
+    assert after.prepared("g1", 2) == after
+    moved = after.adopted("s", 2)
+    assert moved.adopted("s", 1) == moved, "late news of an older one"
+
+
+def test_an_older_generation_is_known_as_long_as_a_living_shard_may_use_it() -> None:
+    state = prepared(with_group(with_shard(formed(2), "t").lose("g0", "killed"), "new"))
+    assert (state.oldest, state.generation(1) is not None) == (1, True)
+    state = state.adopted("s", 2)
+    assert state.oldest == 1, "the other shard may just be connecting to it"
+    gone = state.lose("t", "killed")
+    assert (gone.oldest, gone.generation(1), gone.generation(2) is not None) == (2, None, True)
+    assert state.adopted("t", 2).oldest == 2
+
+
+def test_not_split_is_in_force_at_once_and_has_nothing_to_scale() -> None:
+    state = Membership.start(0, TWICE)
+    assert (state.current.number, state.is_complete, state.is_covered) == (1, True, True)
+    with pytest.raises(MembershipError, match="nothing to scale"):
+        state.scale(2)
+
+
+@pytest.mark.parametrize(("count", "message"), [(0, "1 to 12 can"), (13, "1 to 12 can"), (1, "hold 2 copies")])
+def test_impossible_numbers_of_groups_are_refused(count: int, message: str) -> None:
+    with pytest.raises(MembershipError, match=message):
+        formed(3, TWICE).scale(count)
+
+
+def test_there_cannot_be_more_groups_than_experts() -> None:
+    state = formed(3)
+    for number in range(9):
+        state = state.join(id=f"more{number}", role=Role.EXPERT_GROUP, pid=1, node="n")
+    with pytest.raises(MembershipError, match="one too many: 12 are there already"):
+        state.join(id="last", role=Role.EXPERT_GROUP, pid=1, node="n")
 
 
 def test_only_ready_shards_are_offered_to_an_ingress() -> None:
-    state = with_shard(with_groups(1))
-    assert not state.view().shards
-    assert state.ready("s", "h:5").view().shards == {"s": "h:5"}
-    assert not state.ready("s", "h:5").unready("s").view().shards
-    assert not state.ready("s", "h:5").drain("s").view().shards
+    state = with_shard(formed(1), "t")
+    assert state.view().shards == {"s": "host:s"}
+    assert state.ready("t", "h:5").view().shards == {"s": "host:s", "t": "h:5"}
+    assert state.unready("s").view().shards == {}
+    assert state.drain("s").view().shards == {}
 
 
 def test_a_lost_process_cannot_report_ready() -> None:
     with pytest.raises(MembershipError, match="lost, killed"):
-        with_groups(1).lose("g0", "killed").ready("g0", "h:1")
+        formed(1).lose("g0", "killed").ready("g0", "h:1")
 
 
-def rejoined(claims: dict[str, int]) -> Membership:
-    state = Membership.start(len(claims))
-    for index, (id, generation) in reversed(list(enumerate(claims.items()))):
-        state = state.join(id=id, role=Role.EXPERT_GROUP, pid=1, node="n", index=index, generation=generation)
-    for id in claims:
-        state = state.identify(id, {}).ready(id, f"h:{id}")
-    return state
+def test_a_group_whose_lease_broke_comes_back_as_itself_and_nothing_changes() -> None:
+    state = formed(2).lose("g0", "connection closed")
+    state = state.join(id="g0", role=Role.EXPERT_GROUP, pid=1, node="n", index=0, generation=1)
+    state = state.identify("g0", {"fingerprint": "abc"}).ready("g0", "host:g0")
+    assert (of(state), state.is_complete, state.proposal) == ((1, ("g0", "g1")), True, None)
 
 
-def test_after_a_controller_restart_an_unchanged_generation_goes_on() -> None:
-    state = rejoined({"a": 4, "b": 4})
-    assert (state.generation, state.is_complete, state.view().group_addresses) == (4, True, ("h:a", "h:b"))
-    with pytest.raises(MembershipError, match="cannot take number 1 back"):
-        state.join(id="c", role=Role.EXPERT_GROUP, pid=1, node="n", index=1)
-
-
-def test_after_a_controller_restart_a_changed_set_of_groups_is_a_new_generation() -> None:
-    for claims in ({"a": 4, "new": 0}, {"a": 4, "b": 3}):
-        assert rejoined(claims).generation == 0, "nobody knows yet that a shard has the same model"
-        assert with_shard(rejoined(claims)).generation == 5
-
-
-class Churn(RuleBasedStateMachine):
-    """Any order of joins, readiness, losses and departures."""
-
-    ids = Bundle("ids")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.state = Membership.start(3)
-        self.count = 0
-        self.before = self.state
-
-    @rule(target=ids, role=st.sampled_from([Role.EXPERT_GROUP, Role.ATTENTION_SHARD]))
-    def join(self, role: Role) -> str:
-        self.count += 1
-        id = f"m{self.count}"
-        try:
-            self.state = self.state.join(id=id, role=role, pid=self.count, node="n")
-        except MembershipError:
-            assert role is Role.EXPERT_GROUP
-        return id
-
-    @rule(id=ids, fingerprint=st.sampled_from("aaab"))
-    def ready(self, id: str, fingerprint: str) -> None:
-        try:
-            self.state = self.state.identify(id, {"fingerprint": fingerprint}).ready(id, f"h:{id}")
-        except MembershipError:
-            member = self.state.members.get(id)
-            assert member is None or member.state is MemberState.LOST
-
-    @rule(id=ids)
-    def lose(self, id: str) -> None:
-        self.state = self.state.lose(id, "gone")
-
-    @rule(id=ids)
-    def forget(self, id: str) -> None:
-        self.state = self.state.forget(id)
-
-    @invariant()
-    def numbers_never_go_back(self) -> None:
-        assert self.state.version >= self.before.version
-        assert self.state.generation >= self.before.generation
-        self.before = self.state
-
-    @invariant()
-    def no_two_living_groups_share_a_number(self) -> None:
-        numbers = [m.index for m in self.state.members.values() if m.role is Role.EXPERT_GROUP and m.is_alive]
-        assert len(numbers) == len(set(numbers)) and all(number < 3 for number in numbers)
-
-    @invariant()
-    def a_complete_generation_names_living_ready_groups_in_order(self) -> None:
-        if self.state.is_complete:
-            groups = [self.state.members[id] for id in self.state.groups]
-            assert [group.index for group in groups] == [0, 1, 2]
-            assert all(group.state is MemberState.READY for group in groups)
-            assert all(group.identity == self.state.served for group in groups)
-
-    @invariant()
-    def who_serves_another_model_than_the_generation_is_named(self) -> None:
-        if self.state.is_complete:
-            odd = {
-                member.id
-                for member in self.state.members.values()
-                if member.role is Role.ATTENTION_SHARD and member.is_alive and member.identity is not None
-                and member.identity != self.state.served
-            }  # fmt: skip
-            assert self.state.view().mismatches.keys() == odd
-
-    @invariant()
-    def lost_members_are_bounded(self) -> None:
-        assert sum(not m.is_alive for m in self.state.members.values()) <= NUM_LOST_REMEMBERED
-
-
-TestChurn = Churn.TestCase
-TestChurn.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+def test_a_better_placement_of_the_same_groups_is_proposed_unless_the_state_has_moved_on() -> None:
+    state = formed(2)
+    placement = state.current.placement
+    assert placement is not None
+    mirrored = state.propose_placement(placement, based_on=1)
+    assert prepared(mirrored).current.placement is not None and prepared(mirrored).current.number == 2
+    for moved_on in (mirrored, prepared(mirrored), state.lose("g0", "killed"), prepared(state.drain("g0"))):
+        with pytest.raises(MembershipError):
+            moved_on.propose_placement(placement, based_on=1)
+    with pytest.raises(MembershipError, match="shards still use generation 1"):
+        prepared(mirrored).propose_placement(placement, based_on=2)
+    with pytest.raises(MembershipError, match="for 2 groups, but there are 3"):
+        formed(3).propose_placement(placement, based_on=1)

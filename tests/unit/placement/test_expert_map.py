@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeray.placement import Placement, contiguous
+from moeray.placement import NOWHERE, Placement, contiguous
 from moeray.placement.expert_map import PlacementError
 
 
@@ -46,6 +46,29 @@ def test_as_many_shards_as_copies_use_every_copy_once(placement: Placement) -> N
             copies = [group for slot, group in enumerate(groups) if experts[slot] == expert]
             serving = [placement.group_of_expert(layer, shard)[expert] for shard in range(len(copies))]
             assert sorted(serving) == sorted(copies)
+
+
+@given(placements(), st.integers(0, 9), st.data())
+def test_without_some_groups_only_living_copies_serve_and_nowhere_is_said_of_the_rest(
+    placement: Placement, shard: int, data: st.DataObject
+) -> None:
+    absent = data.draw(st.frozensets(st.integers(0, placement.num_groups - 1)))
+    is_covered = True
+    for layer in range(placement.num_layers):
+        for expert, group in enumerate(placement.group_of_expert(layer, shard, absent)):
+            living = [g for g in range(placement.num_groups) if g not in absent]
+            holders = {g for g in living if expert in placement.experts_of_group(g, layer)}
+            assert group in holders if holders else group == NOWHERE
+            is_covered = is_covered and bool(holders)
+    assert placement.covers(absent) == is_covered
+
+
+@given(placements())
+def test_copies_are_counted_once_per_group(placement: Placement) -> None:
+    for layer in range(placement.num_layers):
+        for expert, copies in enumerate(placement.num_copies(layer)):
+            groups = range(placement.num_groups)
+            assert copies == sum(expert in placement.experts_of_group(group, layer) for group in groups)
 
 
 @given(placements())

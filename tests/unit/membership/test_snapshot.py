@@ -1,0 +1,99 @@
+"""A controller that is restarted goes on where its predecessor stopped, whether or not that was written down."""
+
+from __future__ import annotations
+
+import pytest
+from memberships import DELAYS, LAYOUT, MODEL, TWICE, adopted, formed, later, prepared, start, with_group, with_shard
+
+from moeray.membership import Membership, MembershipError, Role, SnapshotError
+from moeray.membership.snapshot import from_json, to_json
+from moeray.placement import Layout
+
+
+def restarted(state: Membership, layout: Layout = LAYOUT) -> Membership:
+    return from_json(to_json(state), layout, DELAYS, epoch=2, now=1000.0)
+
+
+def back(state: Membership, id: str, generation: int, heard: int = 0) -> Membership:
+    member = state.members.get(id)
+    role = Role.ATTENTION_SHARD if id.startswith("s") else Role.EXPERT_GROUP
+    return state.join(
+        id=id, role=role, pid=7, node="n", index=member.index if member else None, generation=generation, heard=heard
+    )
+
+
+def test_the_same_generation_is_published_before_anybody_has_come_back() -> None:
+    before = formed(3)
+    state = restarted(before)
+    old, new = before.view(), state.view()
+    assert (new.generation, new.groups, new.addresses, new.is_complete) == (1, old.groups, old.addresses, True)
+    assert (new.shards, new.oldest, new.epoch) == (old.shards, 1, 2)
+    for id in ("s", "g0", "g1", "g2"):
+        state = back(state, id, 1)
+    assert (state.awaited, state.proposal, state.view().addresses) == (frozenset(), None, old.addresses)
+    assert state.members["g0"].pid == 7
+
+
+def test_who_does_not_come_back_is_lost_like_anybody_else() -> None:
+    state = restarted(formed(3))
+    for id in ("s", "g0", "g1"):
+        state = back(state, id, 1)
+    assert later(state, 500.0).proposal is None, "as long as somebody is awaited, nothing is concluded"
+    state = state.lose("g2", "did not come back")
+    assert state.view().missing == ("expert group 2 (did not come back)",)
+    assert with_group(state, "new").view().proposed_groups == ("g0", "g1", "new")
+
+
+def test_a_preparation_goes_on() -> None:
+    state = restarted(with_group(formed(2).lose("g0", "killed"), "new").prepared("new", 2))
+    for id, heard in (("s", 2), ("g1", 2), ("new", 2)):
+        state = back(state, id, 1 if id != "new" else 0, heard)
+    assert (state.view().proposed, state.prepared("g1", 2).current.number) == (2, 2)
+
+
+def test_a_commit_that_was_published_but_not_written_holds() -> None:
+    proposed = with_group(formed(2).lose("g0", "killed"), "new")
+    state = back(restarted(proposed), "s", 2)
+    assert (state.current.number, state.current.groups) == (2, ("new", "g1"))
+    assert state.adopted("s", 2).oldest == 2
+
+
+def test_without_any_memory_the_next_number_is_above_all_that_was_heard_of() -> None:
+    state = start(2)
+    for id in ("g1", "g0"):
+        state = back(state, id, 4, heard=6).identify(id, MODEL).ready(id, f"host:{id}")
+    assert (state.current.number, state.view().proposed) == (0, 7), "they served together: no shard need confirm it"
+    assert prepared(state).current.number == 7
+
+
+def test_without_memory_a_changed_set_of_groups_needs_a_shard_of_the_same_model() -> None:
+    state = with_group(back(start(2), "g0", 4).identify("g0", MODEL).ready("g0", "h:1"), "new")
+    state = state.prepared("g0", 5).prepared("new", 5)
+    assert state.view().generation == 0
+    assert with_shard(state).view().generation == 5
+
+
+def test_an_unknown_generation_that_members_use_is_followed_by_a_new_one_of_the_same_groups() -> None:
+    state = restarted(formed(2))
+    for id in ("s", "g0", "g1"):
+        state = back(state, id, 3, heard=3)
+    assert (state.current.number, state.view().proposed, state.view().proposed_groups) == (1, 4, ("g0", "g1"))
+    assert adopted(prepared(state)).is_settled
+
+
+def test_one_that_was_given_up_is_not_taken_back_by_the_next_controller() -> None:
+    state = restarted(formed(3, TWICE).accuse("s", "g1", "garbage"), TWICE)
+    assert state.view().lost == {"g1"}
+    with pytest.raises(MembershipError, match="given up"):
+        back(state, "g1", 1)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 0}', to_json(formed(2)).replace('"newest"', '"n"')])
+def test_what_cannot_be_read_is_an_error(text: str) -> None:
+    with pytest.raises(SnapshotError):
+        from_json(text, LAYOUT, DELAYS, epoch=1, now=0.0)
+
+
+def test_a_snapshot_of_another_model_is_an_error() -> None:
+    with pytest.raises(SnapshotError, match=r"places \[2, 12\] layers and experts, the model has 3, 12"):
+        restarted(formed(2), Layout(3, 12))
