@@ -23,8 +23,8 @@ import records
 import torch
 from pinned import pin, two_cores
 
-from moeray.deepseek_v4 import RoutedExperts
 from moeray.deepseek_v4.expert_formula import ExpertWeights
+from moeray.deepseek_v4.experts import given_experts
 
 MODELS = {"tiny": (256, 128, 32, 4, 6), "bench": (1024, 512, 64, 6, 8)}
 """Hidden size, expert width, experts, experts per token, layers."""
@@ -45,7 +45,7 @@ class Model:
             layer: {e: ExpertWeights(self.w13[layer][e], self.w2[layer][e]) for e in range(num_experts)}
             for layer in self.layers
         }
-        self.ours = RoutedExperts(
+        self.ours = given_experts(
             weights, num_layers=num_layers, num_experts=num_experts, swiglu_limit=LIMIT, num_threads=1
         )
         self.packed = [(_packed(w13), _packed(w2)) for w13, w2 in zip(self.w13, self.w2, strict=True)]

@@ -210,8 +210,7 @@ def _require_unchanged(weight_file: WeightFile) -> None:
         found = weight_file.file.stat()
     except OSError as error:
         raise CheckpointError(weight_file.file, f"cannot be read ({error})", DOWNLOAD_AGAIN) from None
-    if (found.st_ino, found.st_mtime_ns) != weight_file.stamp or found.st_size != weight_file.size_bytes:
-        raise CheckpointError(weight_file.file, "was replaced or changed while it was read", "start again")
+    weight_file.require_unchanged(found)
 
 
 def _sample(digest: hashlib._Hash, weight_file: WeightFile) -> None:

@@ -41,6 +41,8 @@ TILE_FLOATS = TILE_ROWS * TILE_BLOCKS * BLOCK
 CHUNK_ROWS = 8 * TILE_ROWS
 """Tokens of one expert that are widened to fp32 at a time; they stay in the core's own cache."""
 
+Addresses = NDArray[np.int64]
+
 _F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _FLOATS, _WORDS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
 _BYTES = ir.IntType(8).as_pointer()
@@ -257,14 +259,14 @@ _widen: Any = intrinsic(_typed_widen)
 # --- compiled functions -------------------------------------------------------------------------------------------
 
 
-def _gate_up(element: Any, size: int, x: int, top_k: int, hidden: int, width: int, limit: Any, weights: int,
-             slot_bytes: int, order_R: Ints, starts: Ints, slots: Ints, active: int, x_chunk: int, tile: int, h: int,
-             share: int, num_shares: int) -> None:  # fmt: skip
+def _gate_up(element: Any, size: int, x: int, top_k: int, hidden: int, width: int, limit: Any, w13_at: Addresses,
+             order_R: Ints, starts: Ints, slots: Ints, active: int, x_chunk: int, tile: int, h: int, share: int,
+             num_shares: int) -> None:  # fmt: skip
     """h = silu(gate) * up for every pair; this share's units of every expert.
 
     Args:
         size: bytes of an element.
-        x: [T, hidden] elements. weights: slot 0 of w13, `slot_bytes` per slot.
+        x: [T, hidden] elements. w13_at: address of every slot's blocks.
         x_chunk: scratch of this share, [CHUNK_ROWS, hidden] fp32. tile: the same, TILE_FLOATS fp32.
         h: written: [R, width rounded up to 16] fp32.
     """
@@ -272,8 +274,7 @@ def _gate_up(element: Any, size: int, x: int, top_k: int, hidden: int, width: in
     first, last = num_blocks * share // num_shares, num_blocks * (share + 1) // num_shares
     h_row, block_bytes = num_blocks * LANES * 4, hidden * BLOCK * size
     for at in range(active):
-        matrix = weights + slots[at] * slot_bytes
-        next_matrix = weights + slots[min(at + 1, active - 1)] * slot_bytes
+        matrix, next_matrix = w13_at[slots[at]], w13_at[slots[min(at + 1, active - 1)]]
         for begin in range(starts[at], starts[at + 1], CHUNK_ROWS):
             num_rows = min(CHUNK_ROWS, starts[at + 1] - begin)
             for row in range(num_rows):
@@ -294,8 +295,8 @@ def _gate_up(element: Any, size: int, x: int, top_k: int, hidden: int, width: in
                     row, ahead = row + rows, 0
 
 
-def _down(element: Any, size: int, h: int, hidden: int, width: int, weights: int, slot_bytes: int, row_R: Ints,
-          starts: Ints, slots: Ints, active: int, tile: int, out: int, bad_P: NDArray[np.uint8], share: int,
+def _down(element: Any, size: int, h: int, hidden: int, width: int, w2_at: Addresses, row_R: Ints, starts: Ints,
+          slots: Ints, active: int, tile: int, out: int, bad_P: NDArray[np.uint8], share: int,
           num_shares: int) -> int:  # fmt: skip
     """out = w2 h for every pair; this share's columns of every row. Returns how many rows hold NaN or Inf there.
 
@@ -306,8 +307,8 @@ def _down(element: Any, size: int, h: int, hidden: int, width: int, weights: int
     first, last = num_blocks * share // num_shares, num_blocks * (share + 1) // num_shares
     h_floats, block_bytes, num_bad = (width + LANES - 1) // LANES * LANES, width * BLOCK * size, 0
     for at in range(active):
-        matrix, end = weights + slots[at] * slot_bytes, starts[at + 1]
-        next_matrix = weights + slots[min(at + 1, active - 1)] * slot_bytes
+        matrix, end = w2_at[slots[at]], starts[at + 1]
+        next_matrix = w2_at[slots[min(at + 1, active - 1)]]
         for block in range(first, last, TILE_BLOCKS):
             blocks, begin, panel = min(TILE_BLOCKS, last - block), np.int64(starts[at]), matrix + block * block_bytes
             ahead = blocks * block_bytes if block + blocks < last else next_matrix + first * block_bytes - panel
@@ -338,7 +339,7 @@ class Products(NamedTuple):
 def products(*, bf16: bool) -> Products:
     """Compile for bf16 or fp32, or take from disk: seconds the first time on a machine, a fraction of one later."""
     element = types.uint16 if bf16 else types.float32
-    i64, ints = types.int64, types.int32[::1]
-    gate_up = (element, *[i64] * 5, types.float32, i64, i64, ints, ints, ints, *[i64] * 6)
-    down = (element, *[i64] * 6, ints, ints, ints, i64, i64, i64, types.uint8[::1], i64, i64)
+    i64, ints, addresses = types.int64, types.int32[::1], types.int64[::1]
+    gate_up = (element, *[i64] * 5, types.float32, addresses, ints, ints, ints, *[i64] * 6)
+    down = (element, *[i64] * 4, addresses, ints, ints, ints, i64, i64, i64, types.uint8[::1], i64, i64)
     return Products(compiled(_gate_up, gate_up), compiled(_down, down))

@@ -5,8 +5,10 @@ Suffixes: T tokens, D hidden, K experts per token, P (token, k) pairs.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +17,10 @@ from torch import Tensor
 
 from moeray.deepseek_v4.errors import ExpertError
 from moeray.deepseek_v4.expert_formula import ExpertWeights, expert_rows
+
+ExpertsPerLayer = Mapping[int, Collection[int]]
+"""Model layer -> logical experts."""
+Held = TypeVar("Held")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +39,29 @@ class Rows:
 
 
 class ExpertStore(Protocol):
-    """Matrices of some experts of some layers; `rows` may be called from several threads at once."""
+    """Matrices of some experts of some layers.
+
+    `rows` may be called from several threads at once, also while another thread puts and keeps: a call computes with
+    what was held when it began, and what is dropped meanwhile lives until that call has ended.
+    """
 
     batch_invariant: bool
     """A row's bits depend on its own token and expert alone."""
     kernel: str
     """What computes the products."""
 
-    def put(self, layer: int, expert: int, weights: ExpertWeights) -> None: ...
+    @property
+    def held(self) -> dict[int, tuple[int, ...]]:
+        """Layer -> experts held, ascending; without layers that hold none."""
+        ...
+
+    def put(self, layer: int, expert: int, weights: ExpertWeights) -> None:
+        """Hold one more, from the next call on."""
+        ...
+
+    def keep(self, experts_per_layer: ExpertsPerLayer) -> None:
+        """Drop all others, from the next call on."""
+        ...
 
     def get(self, layer: int, expert: int) -> ExpertWeights:
         """Raises ExpertError if it is not held."""
@@ -53,6 +74,16 @@ class ExpertStore(Protocol):
             out_PD: where the rows are to lie, contiguous, with room for them; None for new memory.
         Raises:
             ExpertError: an expert that is not held, or activations (or `out_PD`) of another shape or dtype.
+        """
+        ...
+
+    def scrub(self) -> Iterator[int]:
+        """Compare what is held with what was put, once, piece by piece; in any thread, beside calls.
+
+        Yields:
+            bytes compared, after each piece.
+        Raises:
+            ExpertError: an expert's matrices are not those that were put.
         """
         ...
 
@@ -71,23 +102,34 @@ class PlainExperts:
 
     def __init__(self, limit: float) -> None:
         self._limit = limit
-        self._weights: dict[tuple[int, int], ExpertWeights] = {}
+        self._lock = threading.Lock()
+        self._layers: Mapping[int, Mapping[int, ExpertWeights]] = {}  # none of them is ever changed
+
+    @property
+    def held(self) -> dict[int, tuple[int, ...]]:
+        return {layer: tuple(sorted(experts)) for layer, experts in self._layers.items()}
 
     def put(self, layer: int, expert: int, weights: ExpertWeights) -> None:
-        self._weights[layer, expert] = weights
+        with self._lock:
+            self._layers = {**self._layers, layer: {**self._layers.get(layer, {}), expert: weights}}
+
+    def keep(self, experts_per_layer: ExpertsPerLayer) -> None:
+        with self._lock:
+            self._layers = kept(self._layers, experts_per_layer)
+
+    def scrub(self) -> Iterator[int]:
+        """Nothing is compared: the matrices are the caller's own tensors."""
+        return iter(())
 
     def get(self, layer: int, expert: int) -> ExpertWeights:
-        weights = self._weights.get((layer, expert))
-        if weights is None:
-            raise not_held(layer, expert)
-        return weights
+        return _of(self._layers.get(layer, {}), layer, expert)
 
     @property
     def weight_bytes(self) -> int:
-        return sum(each.w13.nbytes + each.w2.nbytes for each in self._weights.values())
+        return sum(each.w13.nbytes + each.w2.nbytes for layer in self._layers.values() for each in layer.values())
 
     def rows(self, layer: int, x_TD: Tensor, ids_TK: Tensor, out_PD: Tensor | None = None) -> Rows:
-        flat = ids_TK.cpu().numpy().ravel()
+        flat, held = ids_TK.cpu().numpy().ravel(), self._layers.get(layer, {})
         pairs = np.flatnonzero(flat >= 0)
         experts_P = flat[pairs]
         if out_PD is None:
@@ -97,13 +139,35 @@ class PlainExperts:
         for expert in np.unique(experts_P).tolist():
             rows = np.flatnonzero(experts_P == expert)
             x_nD = x_TD.index_select(0, torch.from_numpy(pairs[rows] // ids_TK.shape[1]).to(x_TD.device))
-            y_nD = expert_rows(self.get(layer, expert), self._limit, x_nD)
+            y_nD = expert_rows(_of(held, layer, expert), self._limit, x_nD)
             rows_PD.index_copy_(0, torch.from_numpy(rows).to(x_TD.device), y_nD)
         return Rows(rows_PD, experts_P, not_finite(rows_PD))
 
 
+def kept(layers: Mapping[int, Mapping[int, Held]], experts_per_layer: ExpertsPerLayer) -> dict[int, Mapping[int, Held]]:
+    """What of these is kept; a layer of which nothing is missing is the same object."""
+    result: dict[int, Mapping[int, Held]] = {}
+    for layer, experts in layers.items():
+        wanted = set(experts_per_layer.get(layer, ()))
+        rest = experts if wanted.issuperset(experts) else {key: experts[key] for key in experts if key in wanted}
+        if rest:
+            result[layer] = rest
+    return result
+
+
+def _of(held: Mapping[int, ExpertWeights], layer: int, expert: int) -> ExpertWeights:
+    try:
+        return held[expert]
+    except KeyError:
+        raise not_held(layer, expert) from None
+
+
 def not_held(layer: int, expert: int) -> ExpertError:
     return ExpertError(f"expert {expert} of layer {layer} is not held here")
+
+
+def damaged(layer: int, expert: int) -> ExpertError:
+    return ExpertError(f"expert {expert} of layer {layer} has changed in memory since it was loaded")
 
 
 def require_room(out_PD: Tensor, num_rows: int, dtype: torch.dtype, hidden_size: int) -> None:

@@ -18,9 +18,7 @@ own token and expert. On other devices, and for other dtypes, torch's products d
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from time import perf_counter
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -30,100 +28,31 @@ from torch import Tensor
 from moeray.deepseek_v4.checkpoint import Checkpoint
 from moeray.deepseek_v4.errors import ExpertError
 from moeray.deepseek_v4.expert_formula import ExpertWeights, pre_activations
-from moeray.deepseek_v4.expert_store import ExpertStore, PlainExperts, not_finite
+from moeray.deepseek_v4.expert_store import ExpertsPerLayer, ExpertStore, PlainExperts, not_finite
 from moeray.deepseek_v4.names import PARTS
+from moeray.deepseek_v4.row_counts import RowCounts
 from moeray.deepseek_v4.tensor_reader import TensorReader, activation_dtype, read_matrix
 
 Progress = Callable[[int, int], None]
-"""`on_progress(bytes_read, bytes_total)`, after every expert."""
+"""`on_progress(bytes_read, bytes_total)` of one `hold`, after every expert. What it raises ends that `hold`."""
 
 
-class RoutedExperts:
-    """An `ExpertCompute` over a fixed set of experts; may be called from several threads at once."""
+class HeldExperts:
+    """An `ExpertCompute` over the experts of a store; may be called from several threads at once."""
 
-    def __init__(
-        self,
-        weights: Mapping[int, Mapping[int, ExpertWeights]],
-        *,
-        num_layers: int,
-        num_experts: int,
-        swiglu_limit: float,
-        compiled: bool = True,
-        num_threads: int | None = None,
-    ) -> None:
-        """Hold these matrices.
+    def __init__(self, store: ExpertStore, *, num_layers: int, num_experts: int) -> None:
+        """Compute what the store holds, now and later.
 
         Args:
-            weights: layer -> logical expert -> its matrices.
             num_layers: rows of the load counters (model layers, not MoE layers).
-            compiled: the kernel where there is one; False for the formula, its oracle.
-            num_threads: of one call of the kernel; None for as many as torch's products use in this thread. Bits
-                are the same for every number.
         """
-        first = next((expert for layer in weights.values() for expert in layer.values()), None)
-        held = {layer: tuple(experts) for layer, experts in weights.items()}
-        self._store = _store_for(first, held, num_experts, swiglu_limit, compiled, num_threads)
-        for layer, experts in weights.items():
-            for expert, matrices in experts.items():
-                self._store.put(layer, expert, matrices)
-        self._held = held
+        self._store = store
         self._counts = RowCounts(num_layers, num_experts)
-        self.bytes_read = 0
-        self.load_seconds = 0.0
-
-    @classmethod
-    def load(
-        cls,
-        checkpoint: Checkpoint,
-        experts_per_layer: Mapping[int, Sequence[int]],
-        on_progress: Progress | None = None,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-        compiled: bool = True,
-        num_threads: int | None = None,
-    ) -> RoutedExperts:
-        """Read these experts' byte ranges and nothing else.
-
-        Args:
-            experts_per_layer: model layer -> logical experts to hold.
-            dtype: of the matrices; None for the activations' (`shape.dtype`).
-            compiled, num_threads: as in the constructor.
-        Raises:
-            CheckpointError: a file became unreadable or shorter since the checkpoint was opened.
-            KeyError: a layer or expert that the checkpoint does not have.
-        """
-        shape, started = checkpoint.shape, perf_counter()
-        names = [
-            name for layer, experts in experts_per_layer.items() for name in checkpoint.expert_names(layer, experts)
-        ]
-        total = checkpoint.bytes_of(names)
-        wanted = dtype or activation_dtype(checkpoint)
-        store: ExpertStore | None = None
-        with TensorReader() as reader:
-            for layer, experts in experts_per_layer.items():
-                for expert in experts:
-                    weights = _read_expert(reader, checkpoint, layer, expert, wanted, device)
-                    if store is None:
-                        store = _store_for(
-                            weights, experts_per_layer, shape.num_experts, shape.swiglu_limit, compiled, num_threads
-                        )
-                    store.put(layer, expert, weights)
-                    if on_progress is not None:
-                        on_progress(reader.bytes_read, total)
-            loaded = cls(
-                {}, num_layers=shape.num_layers, num_experts=shape.num_experts, swiglu_limit=shape.swiglu_limit
-            )
-            loaded._store = store or loaded._store
-            loaded._held = {layer: tuple(experts) for layer, experts in experts_per_layer.items()}
-            loaded.bytes_read = reader.bytes_read
-        loaded.load_seconds = perf_counter() - started
-        return loaded
 
     @property
     def held(self) -> dict[int, tuple[int, ...]]:
-        """Model layer -> logical experts held, ascending."""
-        return {layer: tuple(sorted(experts)) for layer, experts in self._held.items()}
+        """Model layer -> logical experts held, ascending; without layers that hold none."""
+        return self._store.held
 
     @property
     def kernel(self) -> str:
@@ -139,6 +68,10 @@ class RoutedExperts:
     def weight_bytes(self) -> int:
         """Memory of the matrices."""
         return self._store.weight_bytes
+
+    def scrub(self) -> Iterator[int]:
+        """See `ExpertStore.scrub`."""
+        return self._store.scrub()
 
     def weights(self, layer: int, expert: int) -> ExpertWeights:
         """One expert's matrices as they were given (a copy where the kernel keeps them in its own order).
@@ -175,23 +108,154 @@ class RoutedExperts:
         return pre_activations(self.weights(layer, expert), x_nD)
 
 
-class RowCounts:
-    """Rows computed per layer and expert; thread-safe."""
+class RoutedExperts(HeldExperts):
+    """Experts of a checkpoint that come and go while others are computed.
 
-    def __init__(self, num_layers: int, num_experts: int) -> None:
-        self._rows_LE = np.zeros((num_layers, num_experts), dtype=np.int64)
-        self._lock = threading.Lock()
+    One thread at a time may call `hold` and `release`. Calls never wait for it (but they share the cores with it), and
+    a row's bits do not depend on what else is held.
 
-    def add(self, layer: int, experts_P: NDArray[np.int32]) -> None:
-        """Count one call: the expert of every row it computed."""
-        rows_E = np.bincount(experts_P, minlength=self._rows_LE.shape[1])
-        with self._lock:
-            self._rows_LE[layer] += rows_E
+    Attributes:
+        bytes_read: taken from weight files so far.
+    """
 
-    def rows(self) -> NDArray[np.int64]:
-        """[num_layers, num_experts] (a copy)."""
-        with self._lock:
-            return self._rows_LE.copy()
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        compiled: bool = True,
+        num_threads: int | None = None,
+    ) -> None:
+        """Hold nothing yet.
+
+        Args:
+            dtype: of the matrices; None for the activations' (`shape.dtype`).
+            compiled: the kernel where there is one; False for the formula, its oracle.
+            num_threads: of one call of the kernel; None for as many as torch's products use in this thread. Bits
+                are the same for every number.
+        Raises:
+            CheckpointError: config.json's dtype is not one of torch's.
+        """
+        shape = checkpoint.shape
+        self._checkpoint, self._device = checkpoint, device
+        self._dtype = dtype or activation_dtype(checkpoint)
+        on_cpu = device is None or device.type == "cpu"
+        store = new_store(
+            shape.hidden_size, shape.intermediate_size, self._dtype, num_experts=shape.num_experts,
+            limit=shape.swiglu_limit, compiled=compiled and on_cpu, num_threads=num_threads,
+        )  # fmt: skip
+        super().__init__(store, num_layers=shape.num_layers, num_experts=shape.num_experts)
+        self.bytes_read = 0
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        experts_per_layer: ExpertsPerLayer,
+        on_progress: Progress | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        compiled: bool = True,
+        num_threads: int | None = None,
+    ) -> RoutedExperts:
+        """The constructor and one `hold`."""
+        experts = cls(checkpoint, dtype=dtype, device=device, compiled=compiled, num_threads=num_threads)
+        experts.hold(experts_per_layer, on_progress)
+        return experts
+
+    def hold(self, experts_per_layer: ExpertsPerLayer, on_progress: Progress | None = None) -> None:
+        """Read the byte ranges of those that are not held, and nothing else; each can be called once it is there.
+
+        Beside what is held there is one expert in memory at a time. After an error everything that was held, and what
+        had been read until then, is still held.
+
+        Args:
+            experts_per_layer: to be held beside those that are.
+        Raises:
+            CheckpointError: the checkpoint has no such expert; or a file became unreadable, or changed, since it was
+                opened: its identity was told then, and another one's experts must not come beside it.
+        """
+        missing = missing_from(self.held, experts_per_layer)
+        total = bytes_of(self._checkpoint, missing)
+        with TensorReader(self._checkpoint) as reader:
+            for layer, experts in missing.items():
+                for expert in experts:
+                    before = reader.bytes_read
+                    weights = _read_expert(reader, self._checkpoint, layer, expert, self._dtype, self._device)
+                    self._store.put(layer, expert, weights)
+                    self.bytes_read += reader.bytes_read - before
+                    if on_progress is not None:
+                        on_progress(reader.bytes_read, total)
+
+    def release(self, experts_per_layer: ExpertsPerLayer) -> None:
+        """Hold only these of what is held. Calls that run keep the matrices that they began with."""
+        self._store.keep(experts_per_layer)
+
+
+def given_experts(
+    weights: Mapping[int, Mapping[int, ExpertWeights]],
+    *,
+    num_layers: int,
+    num_experts: int,
+    swiglu_limit: float,
+    compiled: bool = True,
+    num_threads: int | None = None,
+) -> HeldExperts:
+    """Experts of these matrices, all of one shape and dtype.
+
+    Args:
+        weights: layer -> logical expert -> its matrices.
+        num_layers, num_experts: as in `HeldExperts`.
+        compiled, num_threads: as in `RoutedExperts`.
+    """
+    first = next(expert for layer in weights.values() for expert in layer.values())
+    hidden_size, width = first.w2.shape
+    on_cpu = first.w13.device.type == "cpu"
+    store = new_store(
+        hidden_size, width, first.w13.dtype, num_experts=num_experts, limit=swiglu_limit, compiled=compiled and on_cpu,
+        num_threads=num_threads,
+    )  # fmt: skip
+    for layer, experts in weights.items():
+        for expert, matrices in experts.items():
+            store.put(layer, expert, matrices)
+    return HeldExperts(store, num_layers=num_layers, num_experts=num_experts)
+
+
+def missing_from(held: ExpertsPerLayer, wanted: ExpertsPerLayer) -> dict[int, list[int]]:
+    """Model layer -> experts that are wanted and not held, ascending; without layers of which nothing is missing."""
+    missing = {layer: sorted(set(experts).difference(held.get(layer, ()))) for layer, experts in wanted.items()}
+    return {layer: experts for layer, experts in missing.items() if experts}
+
+
+def bytes_of(checkpoint: Checkpoint, experts_per_layer: ExpertsPerLayer) -> int:
+    """Stored bytes of these experts.
+
+    Raises:
+        CheckpointError: it has no such expert.
+    """
+    names = (
+        name for layer, experts in experts_per_layer.items() for name in checkpoint.expert_names(layer, list(experts))
+    )
+    return checkpoint.bytes_of(names)
+
+
+def new_store(
+    hidden_size: int, width: int, dtype: torch.dtype, *, num_experts: int, limit: float, compiled: bool,
+    num_threads: int | None,
+) -> ExpertStore:  # fmt: skip
+    """An empty store for experts of this shape: the CPU kernel's, unless it is not wanted or not for this dtype."""
+    if not compiled:
+        return PlainExperts(limit)
+    from moeray.deepseek_v4.packed_experts import DTYPES, PackedExperts  # brings numba, and compiles
+
+    if dtype not in DTYPES:
+        return PlainExperts(limit)
+    return PackedExperts(
+        hidden_size=hidden_size, width=width, dtype=dtype, num_experts=num_experts, limit=limit,
+        num_threads=num_threads or torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def require_finite(layer: int, x_TD: Tensor, rows_PD: Tensor, experts_P: NDArray[np.int32]) -> None:
@@ -206,25 +270,6 @@ def blame(layer: int, x_TD: Tensor, bad_P: NDArray[np.uint8], experts_P: NDArray
     if not x_TD.isfinite().all():
         return ExpertError(f"layer {layer}: the shard sent activations that hold NaN or Inf")
     return ExpertError(f"layer {layer}: experts {sorted(set(experts_P[bad_P > 0].tolist()))} gave NaN or Inf")
-
-
-def _store_for(
-    first: ExpertWeights | None,
-    held: Mapping[int, Sequence[int]],
-    num_experts: int,
-    limit: float,
-    compiled: bool,
-    num_threads: int | None,
-) -> ExpertStore:
-    """A store for experts like the first one."""
-    if not compiled or first is None or first.w13.device.type != "cpu":
-        return PlainExperts(limit)
-    from moeray.deepseek_v4.packed_experts import DTYPES, PackedExperts  # brings numba, and compiles
-
-    if first.w13.dtype not in DTYPES:
-        return PlainExperts(limit)
-    threads = num_threads or torch.get_num_threads()
-    return PackedExperts(held, first, num_experts=num_experts, limit=limit, num_threads=threads)
 
 
 def _read_expert(

@@ -6,7 +6,9 @@ E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +21,7 @@ from torch import Tensor
 from moeray.deepseek_v4.expert_formula import ExpertWeights, require_like
 from moeray.deepseek_v4.expert_kernel import CHUNK_ROWS, TILE_FLOATS, products
 from moeray.deepseek_v4.expert_layout import BLOCK, LANES, pack, plan
-from moeray.deepseek_v4.expert_store import Rows, not_held, require_room
+from moeray.deepseek_v4.expert_store import ExpertsPerLayer, Rows, damaged, kept, not_held, require_room
 
 DTYPES = (torch.bfloat16, torch.float32)
 MAX_PAIRS = 8192
@@ -27,16 +29,33 @@ MAX_PAIRS = 8192
 SHARED_BYTES = 4 << 20
 """Calls that read fewer bytes of weights stay on one thread: waking another took as long as reading a megabyte."""
 
+SCRUB_BYTES = 1 << 20
+"""Compared at a time: half a millisecond."""
 
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """Packed matrices; w13: [held, blocks of I, D * 32], w2: [held, blocks of D, I * 32], and where they begin."""
 
-    slot_E: NDArray[np.int32]
+@dataclass(frozen=True, slots=True, eq=False)
+class Packed:
+    """One expert.
+
+    Attributes:
+        w13: [blocks of I, D * 32]. w2: [blocks of D, I * 32].
+        digest: CRC-32 of both, as they were packed.
+    """
+
     w13: NDArray[Any]
     w2: NDArray[Any]
-    w13_at: int
-    w2_at: int
+    digest: int
+
+
+class _Layer:
+    """What is held of one layer, and where it lies. Never changed: a call goes on with the one that it began with."""
+
+    def __init__(self, experts: Mapping[int, Packed], num_experts: int) -> None:
+        self.experts = experts
+        self.slot_E = np.full(num_experts, -1, dtype=np.int32)
+        self.slot_E[list(experts)] = np.arange(len(experts))
+        self.w13_at = np.array([each.w13.ctypes.data for each in experts.values()], dtype=np.int64)
+        self.w2_at = np.array([each.w2.ctypes.data for each in experts.values()], dtype=np.int64)
 
 
 class _Space:
@@ -65,51 +84,84 @@ class PackedExperts:
 
     def __init__(
         self,
-        held: Mapping[int, Sequence[int]],
-        like: ExpertWeights,
         *,
+        hidden_size: int,
+        width: int,
+        dtype: torch.dtype,
         num_experts: int,
         limit: float,
         num_threads: int,
     ) -> None:
-        """Compile the kernel and make room.
+        """Compile the kernel; nothing is held yet.
 
         Args:
-            held: layer -> experts that will be put.
-            like: an expert of the same shape and dtype as all.
+            width: of an expert. dtype: one of DTYPES.
             num_threads: that compute one call; results are the same for every number.
         """
-        self._dtype, self._num_experts, self._limit = like.w13.dtype, num_experts, np.float32(limit)
-        self._hidden, self._width = like.w2.shape
-        bf16 = self._dtype == torch.bfloat16
+        self._dtype, self._num_experts, self._limit = dtype, num_experts, np.float32(limit)
+        self._hidden, self._width = hidden_size, width
+        bf16 = dtype == torch.bfloat16
         self._plan, self._pack, self._products = plan(), pack(bf16=bf16), products(bf16=bf16)
         self._element: np.generic = np.uint16(0) if bf16 else np.float32(0)
         self._size = 2 if bf16 else 4
         self._integers: torch.dtype = torch.int16 if bf16 else torch.int32
-        self._layers = {layer: self._room(experts) for layer, experts in held.items()}
-        self._nothing = self._room(())
+        self._changing = threading.Lock()
+        self._nothing = _Layer({}, num_experts)
+        self._layers: Mapping[int, _Layer] = {}  # replaced as a whole
         self._num_shares = num_threads
         self._pool = ThreadPoolExecutor(num_threads - 1, "moeray-experts") if num_threads > 1 else None
         self._spaces: list[_Space] = []
 
+    @property
+    def held(self) -> dict[int, tuple[int, ...]]:
+        return {layer: tuple(sorted(held.experts)) for layer, held in self._layers.items()}
+
     def put(self, layer: int, expert: int, weights: ExpertWeights) -> None:
-        room, slot = self._layers[layer], self._slot(layer, expert)
+        packed_w13, packed_w2 = self._room()
         places = (2, 1) if self._size == 2 else (1, LANES)
         width, hidden = self._width, self._hidden
         w13, w2 = (each.contiguous().view(self._integers).numpy() for each in (weights.w13, weights.w2))
-        self._pack(w13, 0, width, (width, width), LANES, *places, room.w13[slot])
-        self._pack(w2, 0, LANES, (hidden, hidden - LANES), BLOCK, *places, room.w2[slot])
+        self._pack(w13, 0, width, (width, width), LANES, *places, packed_w13)
+        self._pack(w2, 0, LANES, (hidden, hidden - LANES), BLOCK, *places, packed_w2)
+        packed = Packed(packed_w13, packed_w2, zlib.crc32(_raw(packed_w2), zlib.crc32(_raw(packed_w13))))
+        with self._changing:
+            experts = {**self._layers.get(layer, self._nothing).experts, expert: packed}
+            self._layers = {**self._layers, layer: _Layer(experts, self._num_experts)}
+
+    def keep(self, experts_per_layer: ExpertsPerLayer) -> None:
+        with self._changing:
+            before = self._layers
+            rest = kept({layer: held.experts for layer, held in before.items()}, experts_per_layer)
+            self._layers = {
+                layer: before[layer] if experts is before[layer].experts else _Layer(experts, self._num_experts)
+                for layer, experts in rest.items()
+            }
 
     def get(self, layer: int, expert: int) -> ExpertWeights:
-        room, slot = self._layers.get(layer, self._nothing), self._slot(layer, expert)
-        gate_up = self._unpacked(room.w13[slot], self._hidden)
-        down = self._unpacked(room.w2[slot], self._width)
+        packed = self._layers.get(layer, self._nothing).experts.get(expert)
+        if packed is None:
+            raise not_held(layer, expert)
+        gate_up, down = self._unpacked(packed.w13, self._hidden), self._unpacked(packed.w2, self._width)
         w13 = torch.cat([gate_up[half].flatten(0, 1)[: self._width] for half in (0, 1)])
         return ExpertWeights(w13, down.transpose(0, 1).flatten(0, 2)[: self._hidden].contiguous())
 
+    def scrub(self) -> Iterator[int]:
+        for layer, held in self._layers.items():
+            for expert, packed in held.experts.items():
+                digest = 0
+                for matrix in (packed.w13, packed.w2):
+                    whole = _raw(matrix)
+                    for begin in range(0, len(whole), SCRUB_BYTES):
+                        piece = whole[begin : begin + SCRUB_BYTES]
+                        digest = zlib.crc32(piece, digest)
+                        yield len(piece)
+                if digest != packed.digest:
+                    raise damaged(layer, expert)
+
     @property
     def weight_bytes(self) -> int:
-        return sum(layer.w13.nbytes + layer.w2.nbytes for layer in self._layers.values())
+        layers = self._layers.values()
+        return sum(each.w13.nbytes + each.w2.nbytes for layer in layers for each in layer.experts.values())
 
     def rows(self, layer: int, x_TD: Tensor, ids_TK: Tensor, out_PD: Tensor | None = None) -> Rows:
         require_like(x_TD, self._dtype, self._hidden)
@@ -146,19 +198,18 @@ class PackedExperts:
         """Rows of the planned call from the tokens at `x` to `out`; how many times NaN or Inf was seen."""
         element, size, hidden, width = self._element, self._size, self._hidden, self._width
         starts, slots = space.starts, space.slots
-        w13, w13_bytes, w2, w2_bytes = held.w13_at, held.w13.strides[0], held.w2_at, held.w2.strides[0]
-        num_shares = self._num_shares if active * (w13_bytes + w2_bytes) > SHARED_BYTES else 1
+        num_shares = self._num_shares if active * 3 * hidden * width * size > SHARED_BYTES else 1
 
         def gate_up(share: int) -> int:
             self._products.gate_up(
-                element, size, x, top_k, hidden, width, self._limit, w13, w13_bytes, space.order_R, starts, slots,
-                active, space.chunks[share], space.tiles[share], space.h, share, num_shares,
+                element, size, x, top_k, hidden, width, self._limit, held.w13_at, space.order_R, starts, slots, active,
+                space.chunks[share], space.tiles[share], space.h, share, num_shares,
             )  # fmt: skip
             return 0
 
         def down(share: int) -> int:
             num_bad: int = self._products.down(
-                element, size, space.h, hidden, width, w2, w2_bytes, space.row_R, starts, slots, active,
+                element, size, space.h, hidden, width, held.w2_at, space.row_R, starts, slots, active,
                 space.tiles[share], out, space.bad_P, share, num_shares,
             )  # fmt: skip
             return num_bad
@@ -183,19 +234,11 @@ class PackedExperts:
             return space
         return _Space(num_pairs, self._num_experts, self._hidden, self._width, self._num_shares)
 
-    def _room(self, experts: Sequence[int]) -> _Layer:
-        slot_E = np.full(self._num_experts, -1, dtype=np.int32)
-        slot_E[list(experts)] = np.arange(len(experts))
+    def _room(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Memory for one expert's w13 and w2."""
         integers = np.int16 if self._size == 2 else np.int32
-        w13 = _aligned((len(experts), -(-self._width // LANES), self._hidden * BLOCK), integers)
-        w2 = _aligned((len(experts), -(-self._hidden // BLOCK), self._width * BLOCK), integers)
-        return _Layer(slot_E, w13, w2, w13.ctypes.data, w2.ctypes.data)
-
-    def _slot(self, layer: int, expert: int) -> int:
-        slot = int(self._layers.get(layer, self._nothing).slot_E[expert])
-        if slot < 0:
-            raise not_held(layer, expert)
-        return slot
+        w13 = _aligned((-(-self._width // LANES), self._hidden * BLOCK), integers)
+        return w13, _aligned((-(-self._hidden // BLOCK), self._width * BLOCK), integers)
 
     def _unpacked(self, packed: NDArray[Any], depth: int) -> Tensor:
         """[2, blocks, 16, depth] the first and the second 16 rows of every block."""
@@ -203,6 +246,11 @@ class PackedExperts:
         if self._size == 2:
             return blocks.view(-1, depth, LANES, 2).permute(3, 0, 2, 1)
         return blocks.view(-1, depth, 2, LANES).permute(2, 0, 3, 1)
+
+
+def _raw(matrix: NDArray[Any]) -> memoryview:
+    """Its bytes, where they lie."""
+    return memoryview(matrix.reshape(-1).view(np.uint8).data)
 
 
 def _aligned(shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:

@@ -39,9 +39,15 @@ class TensorReader:
         bytes_read: bytes taken from weight files so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, checkpoint: Checkpoint | None = None) -> None:
+        """No file is open yet.
+
+        Args:
+            checkpoint: whose files are read long after it was opened: one that has changed since then is an error.
+        """
         self.bytes_read = 0
         self._files: dict[Path, int] = {}
+        self._expected = {each.file: each for each in checkpoint.weight_files} if checkpoint is not None else {}
 
     def __enter__(self) -> TensorReader:
         return self
@@ -59,7 +65,7 @@ class TensorReader:
         The result owns its memory (64-byte aligned by torch's allocator).
 
         Raises:
-            CheckpointError: a file is gone, shorter than its header says, or of a dtype torch cannot hold.
+            CheckpointError: a file is gone, shorter than its header says, changed, or of a dtype torch cannot hold.
         """
         first = parts[0]
         if first.dtype not in TORCH_DTYPES:
@@ -89,6 +95,8 @@ class TensorReader:
                     )
                 done += count
                 self.bytes_read += count
+            if part.file in self._expected:
+                self._expected[part.file].require_unchanged(os.fstat(self._files[part.file]))
         except OSError as error:
             raise CheckpointError(
                 part.file, f"cannot be read ({error})", "check its permissions and the disk"

@@ -56,6 +56,11 @@ class WeightFile:
     header: bytes
     stamp: tuple[int, int]
 
+    def require_unchanged(self, found: os.stat_result) -> None:
+        """Raises CheckpointError unless this is still the file whose header was read, as it was then."""
+        if (found.st_ino, found.st_mtime_ns) != self.stamp or found.st_size != self.size_bytes:
+            raise CheckpointError(self.file, "was replaced or changed while it was read", "start again")
+
 
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object.
