@@ -29,7 +29,7 @@ class Answerer:
 
     def serve(self, hidden: int, host: str) -> str:
         """An expert group with ready rows; returns its address."""
-        server = GroupServer(ReadyRows(hidden), Case(1, hidden).identity, group=0, generation=1, host=host)
+        server = GroupServer(ReadyRows(hidden), Case(1, hidden).identity, positions={1: 0}, host=host)
         self.servers.append(server)
         return server.start()
 

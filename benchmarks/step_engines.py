@@ -83,7 +83,7 @@ class Engine:
         """The group must not think that it has a shard whose call could come."""
         from moeray.vllm_hooks.hop import hop
 
-        hop.replace(None)
+        hop.close()
 
     def move(self, cores: Sequence[int]) -> None:
         pin(cores)
@@ -145,7 +145,7 @@ class Group:
             fingerprint=opened.fingerprint(), hidden_size=shape.hidden_size, top_k=shape.top_k,
             num_experts=shape.num_experts, num_layers=shape.num_layers, dtype=shape.dtype,
         )  # fmt: skip
-        server = GroupServer(MergedCompute(timed), identity, group=0, generation=1, may_poll=may_poll)
+        server = GroupServer(MergedCompute(timed), identity, positions={1: 0}, may_poll=may_poll)
         self.servers.append(server)
         return self.servers[0].start()
 

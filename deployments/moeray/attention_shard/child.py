@@ -56,11 +56,18 @@ class ShardProcess:
         """The relay's host:port."""
         return f"{self._ready.host}:{self._ready.port}" if self._ready else ""
 
-    async def ended(self) -> str:
-        """Wait for the end of the process; returns why it ended."""
+    async def ended(self, on_accused: Callable[[str, str, bool], None]) -> str:
+        """Wait for the end of the process; returns why it ended.
+
+        Args:
+            on_accused: `(group_id, reason, certain)`, whenever the hop found an expert group bad.
+        """
         reason = ""
         while (event := await self._next_event()) is not None:
-            reason = event.text or reason
+            if event.event == "accused":
+                on_accused(event.group, event.text, event.certain)
+            else:
+                reason = event.text or reason
         status = await self._process.wait()
         return reason or f"the shard process ended with status {status}"
 

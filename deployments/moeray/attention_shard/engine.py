@@ -39,6 +39,16 @@ class ShardEngine:
     def pid(self) -> int:
         return self._process.pid or 0
 
+    @property
+    def kv_tokens(self) -> int:
+        """What its KV cache holds; 0 if vLLM did not say."""
+        return self._client.vllm_config.cache_config.kv_cache_size_tokens or 0
+
+    @property
+    def num_workers(self) -> int:
+        """Processes that a call of the worker extension reaches."""
+        return int(self._client.vllm_config.parallel_config.world_size)
+
     def _how_it_ended(self) -> str:
         code = self._process.exitcode
         if code is not None and code < 0:
@@ -56,7 +66,7 @@ class ShardEngine:
         try:
             return await self._client.get_output_async()
         except Exception as error:
-            fault = await self._last_words.read()
+            fault = await self._last_words.read(lambda: self._process.exitcode is not None)
             reason = fault.reason if fault is not None else f"its EngineCore process {self._how_it_ended()}"
             code = wire.EXPERTS_LOST if fault is not None and fault.experts_lost else wire.ENGINE_DEAD
             raise EngineLost(code, reason) from error

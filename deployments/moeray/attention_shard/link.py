@@ -6,7 +6,7 @@ that vLLM's encoder makes: the first one is the message, the others are arrays i
 
 `Link` is one bidirectional stream per ingress. The first frame each way is a `Hello`. Afterwards the ingress sends
 `Add` and `Abort`, the shard sends one `Outputs` per engine step for all requests of that ingress, and `Failed` for
-requests that will produce nothing more. Imports neither vllm nor ray.
+requests that will produce nothing more, and `Load` twice a second. Imports neither vllm nor ray.
 """
 
 from __future__ import annotations
@@ -16,21 +16,26 @@ from typing import Any
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 SERVICE = "moeray.internal.v1.Shard"
 LINK, CONNECT, INFO = (f"/{SERVICE}/{method}" for method in ("Link", "Connect", "Info"))
 
 MAX_FRAME_BYTES = 256 << 20
 """Largest gRPC message on this hop; a prompt of one million tokens is about 5 MB."""
 
+KEEPALIVE_S = 5.0
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
     ("grpc.max_send_message_length", MAX_FRAME_BYTES),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
+    # Both ends ping: a stopped process, a cut cable or a lost node is noticed within KEEPALIVE_S.
+    ("grpc.keepalive_time_ms", 2_000),
+    ("grpc.keepalive_timeout_ms", 3_000),
+    ("grpc.http2.ping_timeout_ms", 3_000),  # the one that counts: keepalive's own is used only where it is longer
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),
+    ("grpc.http2.max_ping_strikes", 0),
     # The pool has its own backoff; gRPC's would add up to two minutes to it.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
@@ -82,6 +87,21 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     reason: str
 
 
+class Load(msgspec.Struct, frozen=True, tag="load"):
+    """What the ingress' admission must know of this shard; sent twice a second while the relay's loop runs.
+
+    Attributes:
+        kv_tokens: tokens that its KV cache holds; 0 if vLLM did not say.
+        others_tokens: most tokens (prompt and answer) that the requests of other ingresses will come to.
+        num_running, num_waiting: as vLLM's scheduler last reported them.
+    """
+
+    kv_tokens: int
+    others_tokens: int
+    num_running: int
+    num_waiting: int
+
+
 class Draining(msgspec.Struct, frozen=True, tag="draining"):
     """The shard finishes what it has and takes nothing new on this link."""
 
@@ -94,11 +114,13 @@ class Connect(msgspec.Struct, frozen=True, tag="connect"):
     Attributes:
         generation: of the placement; the shard refuses to go back.
         placement: `Placement.to_json()`.
-        addresses: where each expert group listens, in group order.
+        groups: member id of each expert group, in group order.
+        addresses: where each listens; "" for one that is not there.
     """
 
     generation: int
     placement: dict[str, Any]
+    groups: list[str]
     addresses: list[str]
 
 
@@ -136,7 +158,7 @@ class ShardInfo(msgspec.Struct, frozen=True, tag="shard_info"):
 
 
 ToShard = Hello | Add | Abort
-FromShard = Hello | Outputs | Failed | Draining
+FromShard = Hello | Outputs | Failed | Draining | Load
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_shard = msgspec.msgpack.Decoder(ToShard).decode

@@ -20,6 +20,7 @@ import threading
 import time
 
 from moeray.attention_shard.spec import Event, ShardSpec, decode_spec, encode_event
+from moeray.health import guard
 from moeray.placement.machine import pin_process
 
 EXIT_FAILED, EXIT_LOST, EXIT_ORPHANED = 2, 3, 4
@@ -41,6 +42,10 @@ class Events:
         line = Event(event=event, shard=self.shard, text=text, seconds=time.monotonic() - _STARTED, **fields)  # type: ignore[arg-type]
         with contextlib.suppress(BrokenPipeError):
             os.write(self._fd, encode_event(line))
+
+    def accuse(self, group: str, reason: str, certain: bool) -> None:
+        """The hop found this expert group bad."""
+        self.send("accused", reason, group=group, certain=certain)
 
 
 def main() -> None:
@@ -91,11 +96,13 @@ async def _serve(spec: ShardSpec, events: Events) -> int:
     engine = start_engine(spec, lambda stage: events.send("progress", stage))
     if spec.relay_cpu is not None:
         pin_process([spec.relay_cpu])  # the engine, forked by now, keeps the others
-    service = ShardService(spec, engine)
+    service = ShardService(spec, engine, events.accuse)
     port = await service.start()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    watched = guard(spec.hang_s)  # from now on: importing and loading hold the interpreter for seconds
+    await engine.call_worker("moeray_guard", spec.hang_s)
     events.send("ready", host=spec.host, port=port, pid=os.getpid(), engine_pid=engine.pid)
     running = asyncio.create_task(service.run())
     stopping = asyncio.create_task(stop.wait())
@@ -104,6 +111,7 @@ async def _serve(spec: ShardSpec, events: Events) -> int:
         stop.clear()
         await service.drain(f"attention shard {spec.shard} is shutting down", spec.drain_s, stop)
         engine.shutdown()
+        watched.close()
         events.send("stopped")
         return 0
     try:

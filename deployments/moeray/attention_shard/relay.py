@@ -26,6 +26,7 @@ MAX_QUEUED_BYTES = 32 << 20
 """What may wait for one ingress: with 100 requests in flight at 10 ms a step, it may stand still for about 30 s."""
 
 HANDSHAKE_TIMEOUT_S = 10.0
+LOAD_PERIOD_S = 0.5
 
 
 class Engine(Protocol):
@@ -93,17 +94,19 @@ class Relay:
         not_ready: why links are refused for now (they try again), None when they are welcome.
         draining: why new requests are refused for good, None when they are not.
         num_running, num_waiting: as vLLM's scheduler last reported them.
+        kv_tokens: what the engine's KV cache holds; 0 if it did not say.
     """
 
     def __init__(self, engine: Engine, hello: wire.Hello, max_queued_bytes: int = MAX_QUEUED_BYTES) -> None:
         self.hello = hello
         self.draining: str | None = None
         self.not_ready: str | None = None
-        self.num_running = self.num_waiting = 0
+        self.num_running = self.num_waiting = self.kv_tokens = 0
         self._engine = engine
         self._max_queued_bytes = max_queued_bytes
         self._links: set[_Link] = set()
         self._owner: dict[str, _Link] = {}
+        self._tokens: dict[str, int] = {}  # of the requests in `_owner`: prompt and answer, at most
         self._tasks: set[asyncio.Task[None]] = set()
         self._dead: tuple[str, str] | None = None
         self._encoder = MsgpackEncoder()
@@ -123,8 +126,12 @@ class Relay:
         Raises:
             Exception: whatever `get_output_async` raised; links still stand, so that `fail` can tell them why.
         """
-        while True:
-            self._spread(await self._engine.get_output_async())
+        reporting = asyncio.create_task(self._report(), name="load")
+        try:
+            while True:
+                self._spread(await self._engine.get_output_async())
+        finally:
+            reporting.cancel()
 
     def drain(self, reason: str) -> None:
         """Take no new request; those in flight go on."""
@@ -139,6 +146,7 @@ class Relay:
             link.put(wire.Failed(sorted(link.request_ids), code, reason))
             link.request_ids.clear()
         self._owner.clear()
+        self._tokens.clear()
 
     def close(self, details: str) -> None:
         """End every link once its queued frames are written."""
@@ -160,6 +168,7 @@ class Relay:
         if self.draining is not None:
             link.put(wire.Draining(self.draining))
         self._links.add(link)
+        link.put(self._load(link))
         reader = asyncio.create_task(self._read(link, frames))
         try:
             while True:
@@ -211,6 +220,7 @@ class Relay:
             link.put(wire.Failed([request_id], wire.EXPERTS_LOST, self.not_ready))
         else:
             self._owner[request_id] = link
+            self._tokens[request_id] = _most_tokens(request)
             link.request_ids.add(request_id)
             await self._engine.add_request_async(request)
 
@@ -218,9 +228,20 @@ class Relay:
         """Forget one request of `link`; False if it is not (or no longer) one of its own."""
         if self._owner.get(request_id) is not link:
             return False
-        del self._owner[request_id]
+        del self._owner[request_id], self._tokens[request_id]
         link.request_ids.discard(request_id)
         return True
+
+    async def _report(self) -> None:
+        while True:
+            await asyncio.sleep(LOAD_PERIOD_S)
+            for link in self._links:
+                if not link.queued_bytes:  # one that does not read hears it later
+                    link.put(self._load(link))
+
+    def _load(self, link: _Link) -> wire.Load:
+        own = sum(self._tokens[request_id] for request_id in link.request_ids)
+        return wire.Load(self.kv_tokens, sum(self._tokens.values()) - own, self.num_running, self.num_waiting)
 
     async def _forget(self, link: _Link) -> None:
         """Abort what a vanished ingress left behind."""
@@ -252,6 +273,12 @@ class Relay:
         task = asyncio.create_task(self._forget(link))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _most_tokens(request: EngineCoreRequest) -> int:
+    """Of prompt and answer together."""
+    params = request.sampling_params
+    return len(request.prompt_token_ids or ()) + (params.max_tokens or 0 if params is not None else 0)
 
 
 def handlers(relay: Relay, unary: dict[str, Any]) -> grpc.GenericRpcHandler:

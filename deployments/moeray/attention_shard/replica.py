@@ -20,6 +20,7 @@ from moeray.config import ClusterConfig
 from moeray.controller.member import ClusterMember
 from moeray.controller.settings import ControllerSettings
 from moeray.deepseek_v4.source import locate
+from moeray.health import guard
 from moeray.membership import Role, View
 from moeray.placement import CoreShare
 from moeray.placement.machine import has_core_for_each
@@ -29,6 +30,7 @@ from moeray.vllm_hooks.settings import SPIN_S, ShardSettings
 logger = logging.getLogger(__name__)
 
 REPORT_S = 0.5
+RETRY_S = 0.5
 CONNECT_TIMEOUT_S = 60.0
 
 
@@ -39,8 +41,10 @@ class AttentionShard:
         self._child: ShardProcess | None = None
         self._lost = ""
         self._stage = "starting"
-        self._generation = 0
         self._is_ready = False
+        self._moving_to: tuple[int, tuple[str, ...]] | None = None
+        self._moving: asyncio.Task[None] | None = None
+        self._accusing: set[asyncio.Task[None]] = set()
         self._weights: dict[str, int] = {}
         self._experts_in = ExpertsIn.GROUPS
         self._member = ClusterMember(Role.ATTENTION_SHARD, settings)
@@ -51,6 +55,7 @@ class AttentionShard:
         spec, self._experts_in = _spec(config, locate(model), settings, index, cores, spin_s)
         logger.info("%s: experts are computed in the %s", spec.shard, self._experts_in)
         self._child = await ShardProcess.start(spec, self._set_stage)
+        self._watched = guard(config.health.hang_s)
         self._channel = grpc.aio.insecure_channel(self._child.address, options=wire.CHANNEL_OPTIONS)
         tensors = (await self._info(tensors=True)).tensors or {}
         self._weights = _summary(tensors)
@@ -68,9 +73,13 @@ class AttentionShard:
             raise RuntimeError(self._lost)
 
     async def __del__(self) -> None:
-        await self._member.leave()
+        """Serve stops this replica: its requests end here or go on at another shard."""
+        if self._moving is not None:
+            self._moving.cancel()
+        await self._member.drain()
         if self._child is not None:
             await self._child.stop()
+        await self._member.leave()
 
     async def _take_cores(self, config: ClusterConfig) -> CoreShare | None:
         """Those of the shard process; this one goes where its relay is. None where nothing is pinned."""
@@ -84,7 +93,7 @@ class AttentionShard:
     async def _reap(self, child: ShardProcess) -> None:
         """The replica must not outlive its process."""
         try:
-            self._lost = await child.ended()
+            self._lost = await child.ended(self._accuse)
         except Exception as error:  # noqa: BLE001 without its events it is as good as gone
             self._lost = f"the shard process' events cannot be read: {error}"
         logger.error("%s", self._lost)
@@ -94,33 +103,62 @@ class AttentionShard:
         if self._child is None or self._lost:
             return
         mismatch = view.mismatches.get(self._member.id)
-        if mismatch is not None or not view.is_complete:
+        if mismatch is not None or not view.generation:
             self._stage = f"left out, serves another model: {mismatch}" if mismatch else "waiting for expert groups"
-            if self._is_ready:
-                self._is_ready = False
-                await self._member.unready()
+            await self._unready()
             return
-        if view.generation != self._generation:
-            await self._connect(view)
-        if not self._is_ready and view.generation == self._generation:
-            await self._member.ready(self._child.address)
-            self._is_ready, self._stage = True, "serving"
+        if (view.generation, view.addresses) != self._moving_to:
+            self._moving_to = view.generation, view.addresses
+            if self._moving is not None:
+                self._moving.cancel()  # its engine may wait for experts that only this view has
+            self._moving = asyncio.create_task(self._move(self._child, view))
 
-    async def _connect(self, view: View) -> None:
-        """Give the engine the groups of a generation.
+    async def _move(self, child: ShardProcess, view: View) -> None:
+        """Bring the engine to the view's generation, however often that takes."""
+        while True:
+            try:
+                if not await self._connect(view):
+                    return  # the state has moved on; its newer view is on the way
+                await self._member.adopted(view.generation)
+                if not self._is_ready:
+                    await self._member.ready(child.address)
+                    self._is_ready = True
+                self._stage = "serving"
+                return
+            except (grpc.aio.AioRpcError, ray.exceptions.RayError) as error:
+                why = error.details() if isinstance(error, grpc.aio.AioRpcError) else error
+                logger.warning("generation %d: %s; trying again", view.generation, why)
+                await asyncio.sleep(RETRY_S)
+
+    async def _unready(self) -> None:
+        if self._is_ready:
+            self._is_ready = False
+            self._moving_to = None
+            await self._member.unready()
+
+    async def _connect(self, view: View) -> bool:
+        """Give the engine the groups of a generation; False if it is of the past.
 
         Raises:
-            grpc.aio.AioRpcError: a group did not answer or refused; it is tried again until the view changes.
+            grpc.aio.AioRpcError: a group did not answer or refused.
         """
         if self._experts_in is ExpertsIn.VLLM:  # nothing leaves the engine: there is nothing to connect
-            self._generation = view.generation
-            return
-        self._stage = f"connecting to {len(view.group_addresses)} expert groups"
-        placement = await self._member.placement()
-        if placement["generation"] != view.generation:
-            return  # the state moved on; its newer view is on the way
-        await self._call(wire.CONNECT, wire.Connect(view.generation, placement, list(view.group_addresses)))
-        self._generation = view.generation
+            return True
+        if not self._is_ready:
+            self._stage = f"connecting to {len(view.addresses)} expert groups"
+        placement = await self._member.placement(view.generation)
+        if placement is None:
+            return False
+        await self._call(
+            wire.CONNECT, wire.Connect(view.generation, placement, list(view.groups), list(view.addresses))
+        )
+        return True
+
+    def _accuse(self, group_id: str, reason: str, certain: bool) -> None:
+        logger.warning("expert group %s is bad: %s", group_id, reason)
+        task = asyncio.create_task(self._member.accuse(group_id, reason, certain))
+        self._accusing.add(task)
+        task.add_done_callback(self._accusing.discard)
 
     async def _info(self, *, tensors: bool = False) -> wire.ShardInfo:
         return await self._call(wire.INFO, wire.Info(tensors=tensors))
@@ -183,6 +221,8 @@ def _spec(
         backend=config.backend,
         checkpoint=directory,
         timeout_s=config.transport.timeout_s,
+        patience_s=config.transport.patience_s,
+        wait_s=config.experts.wait_s,
         channel=config.transport.channel,
         dispatch_format=config.transport.dispatch_format,
         host=host,
@@ -202,5 +242,6 @@ def _spec(
             "moeray": None if place is ExpertsIn.VLLM else shard.to_json(),
         },
         wait_for_connect=place is not ExpertsIn.VLLM,
+        hang_s=config.health.hang_s,
     )
     return spec, place

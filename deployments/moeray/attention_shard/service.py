@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -13,7 +14,10 @@ import msgspec
 from moeray.attention_shard import link as wire
 from moeray.attention_shard.engine import ShardEngine
 from moeray.attention_shard.relay import Relay, handlers
+from moeray.attention_shard.routes import RouteServer
 from moeray.attention_shard.spec import ShardSpec
+from moeray.placement import Placement
+from moeray.vllm_hooks.route import Route
 
 logger = logging.getLogger(__name__)
 
@@ -23,13 +27,17 @@ _NOT_CONNECTED = "not connected to its expert groups yet"
 class ShardService:
     """One shard's server. `run` ends only by raising EngineLost."""
 
-    def __init__(self, spec: ShardSpec, engine: ShardEngine) -> None:
+    def __init__(self, spec: ShardSpec, engine: ShardEngine, on_accused: Callable[[str, str, bool], None]) -> None:
+        """Args: on_accused: `(group_id, reason, certain)`, when the hop found a group bad; see `hop.Accuse`."""
         hello = wire.Hello(wire.PROTOCOL_VERSION, engine.vllm, engine.model, f"attention shard {spec.shard}")
         self.relay = Relay(engine, hello)
+        self.relay.kv_tokens = engine.kv_tokens
         self.relay.not_ready = _NOT_CONNECTED if spec.wait_for_connect else None
         self._spec, self._engine = spec, engine
         self._generation = 0
         self._connecting = asyncio.Lock()
+        self._routes: RouteServer | None = None
+        self._on_accused = on_accused
         self._lost = False
         self._server = grpc.aio.server(options=wire.CHANNEL_OPTIONS)
 
@@ -79,19 +87,33 @@ class ShardService:
             request = wire.decode_connect(data)
         except msgspec.DecodeError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"{self._spec.shard}: bad Connect: {error}")
-        async with self._connecting:
-            if request.generation < self._generation:
-                why = f"{self._spec.shard} is on generation {self._generation}, Connect asks for {request.generation}"
-                await context.abort(grpc.StatusCode.FAILED_PRECONDITION, why)
-            try:
-                await self._engine.call_worker("moeray_connect", request.placement, request.addresses)
-            except Exception as error:  # noqa: BLE001  vLLM carries a worker's error across as a bare Exception
-                why = f"{self._spec.shard}: generation {request.generation} could not be connected: {error}"
+        if request.generation < self._generation:
+            why = f"{self._spec.shard} is on generation {self._generation}, Connect asks for {request.generation}"
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, why)
+        try:
+            await self._move(
+                Route(Placement.from_json(request.placement), tuple(request.groups), tuple(request.addresses))
+            )
+        except Exception as error:  # noqa: BLE001  vLLM carries a worker's error across as a bare Exception
+            why = f"{self._spec.shard}: generation {request.generation} could not be connected: {error}"
+            if not self._generation:
                 self.relay.not_ready = why
-                await context.abort(grpc.StatusCode.UNAVAILABLE, why)
-            self._generation = request.generation
-            self.relay.not_ready = None
+            await context.abort(grpc.StatusCode.UNAVAILABLE, why)
         return wire.encode(await self._describe(tensors=False))
+
+    async def _move(self, route: Route) -> None:
+        """Raises whatever kept the engine from moving to this route."""
+        async with self._connecting:
+            if self._routes is None:
+                self._routes = routes = RouteServer(self._on_accused)
+                await self._engine.call_worker("moeray_follow_routes", await routes.start())
+                await routes.connected(self._engine.num_workers)
+        await self._routes.publish(route)  # not under the lock: a newer route must get through to a step that waits
+        async with self._connecting:
+            if not self._generation:
+                await self._engine.call_worker("moeray_choose_micro_batches")
+            self._generation = max(self._generation, route.generation)
+            self.relay.not_ready = None
 
     async def _info(self, data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
         try:

@@ -20,7 +20,8 @@ class ShardSpec:
         relay_cpu: core this process is pinned to from then on.
         num_threads: OpenMP threads of the engine; None is one per pinned core.
         wait_for_connect: refuse ingresses until the expert groups' addresses have come through `Connect`.
-        drain_s: how long SIGTERM lets requests in flight go on.
+        drain_s: how long SIGTERM lets requests in flight go on here; the rest goes on at other shards.
+        hang_s: this process, or its engine, is killed when it gives no sign of life for so long.
     """
 
     shard: str
@@ -31,7 +32,8 @@ class ShardSpec:
     relay_cpu: int | None = None
     num_threads: int | None = None
     wait_for_connect: bool = True
-    drain_s: float = 30.0
+    drain_s: float = 5.0
+    hang_s: float = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +42,20 @@ class Event:
 
     Attributes:
         event: progress (still starting), ready (port and pids are set), failed (never became ready), lost (was ready,
-            the engine died), stopped (drained and left).
+            the engine died), stopped (drained and left), accused (the hop found expert group `group` bad; `certain`:
+            not merely slow).
         text: the stage, or the reason.
     """
 
-    event: Literal["progress", "ready", "failed", "lost", "stopped"]
+    event: Literal["progress", "ready", "failed", "lost", "stopped", "accused"]
     shard: str
     text: str = ""
     host: str = ""
     port: int = 0
     pid: int = 0
     engine_pid: int = 0
+    group: str = ""
+    certain: bool = False
     seconds: float = field(default=0.0)
     """Since the process started."""
 

@@ -1,37 +1,67 @@
-"""The hop to the expert groups as one EngineCore sees it: the current Transport and what its calls cost.
+"""The hop to the expert groups as one EngineCore sees it: where it goes, what its calls cost, and how they survive.
 
-One EngineCore has one hop; its steps call it from one thread. The transport can be replaced between steps (a new
-generation of the placement).
+One EngineCore has one hop (two where steps are cut in halves); its steps call it from one thread. Another thread, the
+route feed's, brings new generations. They meet at layer boundaries: a layer call holds the hop's lock from dispatch to
+combine, a change of transport holds it for the length of an assignment.
+
+A layer call that fails is computed again from the same input, so no error of a group reaches the engine:
+
+- the group died, hung, came too late or gave garbage: it is left out, and its experts' copies elsewhere are asked;
+- an expert has no copy that is there: the call waits for a route that has one, `wait_s` at most.
+
+The rows of a token do not depend on who computes them (bit for bit), so the engine cannot tell.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from time import perf_counter_ns
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from time import monotonic, perf_counter_ns
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moeray.transport.errors import TransportError
+from moeray.transport.errors import ExpertsMissing, GroupFailed, PeerLost, StaleGeneration, TransportError
 from moeray.transport.interface import DispatchHandle, Transport
 from moeray.transport.links import room_for
 from moeray.transport.wire import MAX_INLINE_ROWS, Geometry
+from moeray.vllm_hooks.route import Route
+
+Connect = Callable[[Route, frozenset[int], bool], Transport]
+"""`connect(route, absent, in_a_hurry)`: a transport to the route's groups but those; a step waits if in a hurry."""
+Accuse = Callable[[str, str, bool], None]
+"""`accuse(group_id, reason, certain)`: tell the cluster that a group is bad; certain: not merely slow."""
+RETRY_S = 0.5
+HEAL_S = 5.0
+"""After which a group that was left out may be tried again: it may only have been slow."""
+DEFAULT_WAIT_S = 120.0
+
+logger = logging.getLogger(__name__)
 
 
 class NotConnected(TransportError):
     """A request reached the experts before the shard was told where they are."""
 
 
+MENDABLE = (PeerLost, GroupFailed, StaleGeneration, ExpertsMissing, NotConnected)
+"""Errors of a group or a generation; any other is the caller's."""
+GAVE_ERRORS = "gave an error: "
+
+
 @dataclass(slots=True)
 class HopCosts:
-    """Sums since the last connect; times in microseconds.
+    """Sums since the hop was set up; times in microseconds.
 
     Attributes:
         calls: layer calls combined.
         tokens: tokens sent, summed over layer calls.
         overlap_us: between dispatch and combine: the shared expert.
-        failures: layer calls that raised.
+        failures: layer calls that failed and were computed again.
+        stalled_us: what that cost, waiting for experts included.
+        longest_stall_us: of one layer call.
     """
 
     calls: int = 0
@@ -40,26 +70,69 @@ class HopCosts:
     overlap_us: float = 0.0
     combine_us: float = 0.0
     failures: int = 0
+    stalled_us: float = 0.0
+    longest_stall_us: float = 0.0
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class LayerCall:
+    """The input of the layer call in flight, kept until it is combined."""
+
+    layer: int
+    x_TD: Tensor
+    expert_ids_TK: Tensor
+    weights_TK: Tensor
+
+
 class Hop:
     """Dispatch and combine over the current transport.
 
     Attributes:
+        costs: see `HopCosts`.
         reserved: device memory for the messages, held since vLLM's profile run.
     """
 
-    costs: HopCosts = field(default_factory=HopCosts)
-    reserved: Tensor | None = None
-    _transport: Transport | None = None
-    _in_flight: DispatchHandle | None = None
-    _dispatched_ns: int = 0
+    def __init__(self) -> None:
+        self.costs = HopCosts()
+        self.reserved: Tensor | None = None
+        self._connect: Connect | None = None
+        self._accuse: Accuse = lambda *_: None
+        self._wait_s = DEFAULT_WAIT_S
+        self._transport: Transport | None = None
+        self._route: Route | None = None
+        self._wanted: Route | None = None
+        self._bad: dict[int, str] = {}
+        self._news = threading.Condition()
+        self._between_calls = threading.Lock()
+        self._call: LayerCall | None = None
+        self._handle: DispatchHandle | None = None
+        self._failure: TransportError | None = None
+        self._dispatched_ns = 0
+        self.is_waiting = False
+
+    def set_up(self, connect: Connect, accuse: Accuse | None = None, wait_s: float = DEFAULT_WAIT_S) -> None:
+        """Before the first route.
+
+        Args:
+            wait_s: how long a layer call waits for experts of which no copy is there.
+        """
+        self._connect, self._wait_s, self.costs = connect, wait_s, HopCosts()
+        self._accuse = accuse or self._accuse
 
     @property
     def generation(self) -> int | None:
         """Generation of the current transport; None before the first connect."""
         return None if self._transport is None else self._transport.generation
+
+    @property
+    def route(self) -> Route | None:
+        """The current transport's."""
+        return self._route
+
+    @property
+    def left_out(self) -> dict[int, str]:
+        """Groups of this route that this shard found bad, and why."""
+        return dict(self._bad)
 
     def reserve(self, x_TD: Tensor, top_k: int) -> None:
         """Hold the memory of a layer call like this one, so that vLLM counts it before it sizes the KV cache.
@@ -72,32 +145,95 @@ class Hop:
             self.reserved = None  # the old one first: both at once would be counted
             self.reserved = torch.empty(num_bytes, dtype=torch.uint8, device=x_TD.device)
 
-    def replace(self, transport: Transport | None) -> None:
-        """Close the old transport and use this one; the costs start again.
+    def follow(self, route: Route) -> None:
+        """Move to this route at the next layer boundary; returns when it is done.
 
-        The old one is closed first and no reference to it is kept: the groups accept the shard again only when the
-        old connections are gone.
+        The new transport is built and tried beside the old one, which serves meanwhile (not on a device, where both
+        would need the reserved memory). A layer call that waits for experts takes the route by itself.
+
+        Raises:
+            TransportError: a group cannot be reached or refuses; the hop stays where it was.
         """
-        old, self._transport, self._in_flight = self._transport, None, None
-        if old is not None:
-            old.close()
-        del old
-        self._transport, self.costs = transport, HopCosts()
+        self.announce(route)
+        if self._route is route and self._transport is not None and not self._bad:
+            return
+        beside = None
+        if self.reserved is None and not self.is_waiting:
+            beside = self._connected(route, route.absent)
+        while not self._between_calls.acquire(timeout=RETRY_S):
+            if self._wanted is not route:  # the layer call that holds the lock waits for a later one
+                break
+        else:
+            try:
+                if self._route is not route and self._wanted is route:
+                    self._replace(beside if self.reserved is None else None)
+                    if self._transport is None:
+                        self._replace(self._connected(route, route.absent))
+                    self._route, self._bad, beside = route, {}, None
+            finally:
+                self._between_calls.release()
+        if beside is not None:
+            beside.close()
+
+    def announce(self, route: Route) -> None:
+        """The newest route: a layer call that waits for experts takes it by itself; `follow` is for all others."""
+        with self._news:
+            self._wanted = route
+            self._news.notify_all()
+
+    def heal(self) -> None:
+        """Try the groups that were left out again, if the route still has them: they may only have been slow.
+
+        Raises:
+            TransportError: one of them is still bad; nothing has changed.
+        """
+        route, bad, kept = self._route, dict(self._bad), self._beyond_doubt()
+        if route is None or bad == kept or self.reserved is not None or self.is_waiting:
+            return
+        again = self._connected(route, route.absent | frozenset(kept))
+        with self._between_calls:
+            if self._route is route and self._bad == bad:
+                self._replace(again)
+                self._bad = kept
+            else:
+                again.close()
+
+    def abandon(self) -> None:
+        """The layer call in flight, if any, will not be combined: the step has failed elsewhere."""
+        if self._call is not None:
+            self._call = self._handle = self._failure = None
+            self._between_calls.release()
+
+    def close(self) -> None:
+        """Drop the transport; the next layer call raises NotConnected."""
+        with self._between_calls:
+            self._replace(None)
+            self._route = self._wanted = None
 
     def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> None:
         """Send; exactly one `combine` must follow before the next layer.
 
+        Args:
+            x_TD, expert_ids_TK, weights_TK: must stay as they are until `combine` has returned.
         Raises:
-            NotConnected: no transport yet.
-            TransportError: see `Transport.dispatch`.
+            NotConnected: no route yet.
+            TransportError: the arguments are of a wrong shape or dtype.
         """
-        if self._transport is None:
+        self._between_calls.acquire()
+        transport = self._transport
+        if transport is None and self._route is None:
+            self._between_calls.release()
             raise NotConnected("the shard is not connected to its expert groups yet")
         started = perf_counter_ns()
+        self._call = LayerCall(layer, x_TD, expert_ids_TK, weights_TK)
         try:
-            self._in_flight = self._transport.dispatch(layer, x_TD, expert_ids_TK, weights_TK)
+            if transport is None:
+                raise NotConnected("the last route's groups are gone")
+            self._handle = transport.dispatch(layer, x_TD, expert_ids_TK, weights_TK)
+        except MENDABLE as error:
+            self._failure = error.with_traceback(None)  # combine's to do: the shared expert can run meanwhile
         except TransportError:
-            self.costs.failures += 1
+            self.abandon()
             raise
         self._dispatched_ns = perf_counter_ns()
         self.costs.dispatch_us += (self._dispatched_ns - started) / 1e3
@@ -107,18 +243,27 @@ class Hop:
         """The reduced rows [T, D] of the last dispatch.
 
         Raises:
-            TransportError: see `Transport.combine`.
+            NotConnected: nothing was dispatched.
+            TransportError: no group that is there can compute this call, and none came within `wait_s`.
         """
-        handle, self._in_flight = self._in_flight, None
-        if self._transport is None or handle is None:
-            raise NotConnected("the transport was replaced in the middle of a layer call")
+        handle, failure, transport = self._handle, self._failure, self._transport
+        if self._call is None:
+            raise NotConnected("combine without a dispatch before it")
         started = perf_counter_ns()
         self.costs.overlap_us += (started - self._dispatched_ns) / 1e3
         try:
-            y_TD = self._transport.combine(handle)
-        except TransportError:
-            self.costs.failures += 1
-            raise
+            y_TD = None
+            if failure is None and handle is not None and transport is not None:
+                try:
+                    y_TD = transport.combine(handle)
+                except MENDABLE as error:
+                    failure = error.with_traceback(None)
+            del handle, transport  # a reference would keep the old connections
+            if y_TD is None:
+                y_TD = self._again(self._call, failure or NotConnected("nothing was sent"))
+        finally:
+            self._call = self._handle = self._failure = None
+            self._between_calls.release()
         self.costs.combine_us += (perf_counter_ns() - started) / 1e3
         self.costs.calls += 1
         return y_TD
@@ -127,7 +272,102 @@ class Hop:
         """Costs and generation as plain values; `stages`: the transport's own, finer account, where it keeps one."""
         timings = getattr(self._transport, "timings", None)
         stages = timings().per_layer_us() if timings is not None else {}
-        return {"generation": self.generation, **asdict(self.costs), "stages": stages}
+        left_out = {str(group): why for group, why in self._bad.items()}
+        return {"generation": self.generation, **asdict(self.costs), "stages": stages, "left_out": left_out}
+
+    def _again(self, call: LayerCall, failure: TransportError) -> Tensor:
+        """Compute a failed call once more, as often as it takes."""
+        started = perf_counter_ns()
+        deadline = monotonic() + self._wait_s
+        answers = 0
+        while True:
+            self.costs.failures += 1
+            logger.warning("layer %d: %s", call.layer, failure)
+            answers += isinstance(failure, GroupFailed)
+            is_its_own_fault = answers > 1 or (answers and not bool(call.x_TD.isfinite().all()))
+            if is_its_own_fault or self._route is None or not self._route.addresses:
+                raise failure  # two groups say so, or its input, or there is no other group (local)
+            self._judge(self._route, failure)
+            transport = self._reconnected(call, failure, deadline)
+            try:
+                y_TD = transport.combine(transport.dispatch(call.layer, call.x_TD, call.expert_ids_TK, call.weights_TK))
+                break
+            except MENDABLE as error:
+                failure = error.with_traceback(None)
+            del transport
+        stalled_us = (perf_counter_ns() - started) / 1e3
+        self.costs.stalled_us += stalled_us
+        self.costs.longest_stall_us = max(self.costs.longest_stall_us, stalled_us)
+        logger.warning("layer %d: computed again after %.1f ms", call.layer, stalled_us / 1e3)
+        return y_TD
+
+    def _judge(self, route: Route, failure: TransportError) -> None:
+        """Leave out the group that is to blame, if one is."""
+        if not isinstance(failure, (PeerLost, GroupFailed)):
+            return
+        why = failure.reason if isinstance(failure, PeerLost) else GAVE_ERRORS + failure.reason
+        self._bad[failure.group] = why
+        is_needed = not route.placement.covers(route.absent | frozenset(self._bad))
+        self._accuse(route.groups[failure.group], why, is_needed or not why.startswith("no answer"))
+
+    def _reconnected(self, call: LayerCall, failure: TransportError, deadline: float) -> Transport:
+        """A transport that may carry the call now: to the groups that are left, or of a newer route.
+
+        Raises:
+            TransportError: none within the time; the failure.
+        """
+        self._replace(None)
+        heal_at = monotonic() + HEAL_S
+        while True:
+            if self._wanted is not self._route:
+                self._route, self._bad = self._wanted, {}
+            route = self._route
+            if monotonic() >= heal_at:
+                self._bad, heal_at = self._beyond_doubt(), monotonic() + HEAL_S
+            if route is not None and self._can_carry(route, call):
+                try:
+                    self._replace(self._connected(route, route.absent | frozenset(self._bad), in_a_hurry=True))
+                except PeerLost as error:
+                    self._bad[error.group] = error.reason
+                    continue
+                except TransportError as error:
+                    logger.warning("generation %d cannot be connected: %s", route.generation, error)
+                if self._transport is not None:
+                    return self._transport
+            self._await_news(failure, deadline)
+
+    def _beyond_doubt(self) -> dict[int, str]:
+        """Bad groups that need not be tried again."""
+        return {group: why for group, why in self._bad.items() if why.startswith(GAVE_ERRORS)}
+
+    def _can_carry(self, route: Route, call: LayerCall) -> bool:
+        """Whether all experts that this call needs have a copy that is there."""
+        absent = route.absent | frozenset(self._bad)
+        if route.placement.covers(absent):
+            return True
+        owners_E = route.placement.group_of_expert(call.layer, 0, absent)
+        return all(owners_E[expert] >= 0 for expert in call.expert_ids_TK.unique().tolist())
+
+    def _await_news(self, failure: TransportError, deadline: float) -> None:
+        """Until another route is wanted, or it is worth trying again."""
+        if monotonic() >= deadline:
+            raise failure
+        self.is_waiting = True
+        with self._news:
+            if self._wanted is self._route:
+                self._news.wait(RETRY_S)
+        self.is_waiting = False
+
+    def _connected(self, route: Route, absent: frozenset[int], in_a_hurry: bool = False) -> Transport:
+        if self._connect is None:
+            raise NotConnected("the hop was not set up")
+        return self._connect(route, absent, in_a_hurry)
+
+    def _replace(self, transport: Transport | None) -> None:
+        """Use this one, close the one before it."""
+        old, self._transport = self._transport, transport
+        if old is not None:
+            old.close()
 
 
 hop = Hop()

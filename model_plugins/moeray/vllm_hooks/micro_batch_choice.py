@@ -9,14 +9,12 @@ expert groups, and are counted there.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
 import torch
 
 from moeray.config import MicroBatches
-from moeray.transport import Transport
 from moeray.vllm_hooks.hop import HopCosts, hop
 from moeray.vllm_hooks.lookback import KEYWORD
 from moeray.vllm_hooks.micro_batches import (
@@ -27,6 +25,7 @@ from moeray.vllm_hooks.micro_batches import (
     second_hop,
     state,
 )
+from moeray.vllm_hooks.route import Route
 
 MIN_MEASURED_TOKENS = 16
 NUM_PAIRS = 3
@@ -37,7 +36,12 @@ BUDGET_S = 5.0
 logger = logging.getLogger(__name__)
 
 
-def prepare(runner: Any, how: MicroBatches, connect_second: Callable[[], Transport]) -> None:
+def wants_halves() -> bool:
+    """Whether the second hop is to follow the first."""
+    return state.plan.from_tokens is not None
+
+
+def prepare(runner: Any, how: MicroBatches, route: Route) -> None:
     """After the first hop has connected: decide which steps are cut, and connect the second hop if any are.
 
     Measured is once, before the first request: later the blocks that a dummy run reads are not empty.
@@ -45,23 +49,22 @@ def prepare(runner: Any, how: MicroBatches, connect_second: Callable[[], Transpo
     Raises:
         TransportError: a group was lost, or refused the second connection.
     """
-    second_hop.replace(None)
+    second_hop.close()
     state.plan = Plan()
     if how == "never" or not makes_metadata_for_halves(runner):
         return
+    if how == "measured" and state.chosen is None and runner.requests:
+        return
+    second_hop.follow(route)
     if how == "always":
-        second_hop.replace(connect_second())
         state.plan = Plan(MIN_TOKENS)
         return
-    if state.chosen is None and not runner.requests:
-        second_hop.replace(connect_second())
+    if state.chosen is None:
         state.chosen = choose(runner)
         hop.costs, second_hop.costs = HopCosts(), HopCosts()
-        if state.chosen.from_tokens is None:
-            second_hop.replace(None)
-    elif state.chosen is not None and state.chosen.from_tokens is not None:
-        second_hop.replace(connect_second())
-    state.plan = state.chosen or Plan()
+    state.plan = state.chosen
+    if not wants_halves():
+        second_hop.close()
 
 
 def choose(runner: Any) -> Plan:

@@ -188,8 +188,8 @@ def hop_report() -> dict[str, Any]:
     total = dict(reports[0])
     calls = [report["calls"] for report in reports]
     for key, value in total.items():
-        if key not in ("generation", "stages"):
-            total[key] = sum(report[key] for report in reports) if value is not None else None
+        if isinstance(value, int | float) and key != "generation":
+            total[key] = sum(report[key] for report in reports)
     total["stages"] = {
         stage: sum(report["stages"][stage] * count for report, count in zip(reports, calls, strict=True))
         / max(1, sum(calls))

@@ -96,16 +96,17 @@ class RemoteExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc, unused-igno
         """Routed experts' contribution [T, D]; the shared expert's result stays in `shared_experts`.
 
         Raises:
-            TransportError: names the expert group; it ends this EngineCore, and its text reaches the shard process.
+            TransportError: the hop could not mend it; it ends this EngineCore, and its text reaches the shard process.
         """
         _dispatch(layer.model_layer, x, topk_ids, topk_weights)
-        if shared_experts is not None:
-            shared_experts(shared_experts_input, SharedExpertsOrder.MK_INTERNAL_OVERLAPPED)
         try:
+            if shared_experts is not None:
+                shared_experts(shared_experts_input, SharedExpertsOrder.MK_INTERNAL_OVERLAPPED)
             if micro_batches.state.running is not None:
                 _let_other_half_run(micro_batches.state.running, shared_experts)
             return _combine(x)
         except BaseException:
+            _current_hop().abandon()
             if shared_experts is not None:  # or the next call of this layer would find a result that nobody took
                 shared_experts._output = [None] * len(shared_experts._output)
             raise

@@ -25,6 +25,8 @@ class ShardSettings:
         shard: name of the shard, as it appears in errors and in the groups' logs.
         number: the shard's; chooses among the redundant copies of an expert.
         timeout_s: an expert group that has not answered a layer call by then is lost.
+        patience_s: see `TransportSpec`.
+        wait_s: how long a layer call waits for experts of which no copy is there.
         channel, dispatch_format: see `TransportSpec`.
         host: address this shard's end of the transport binds and connects from.
         spin_s: see `TransportSpec`.
@@ -36,6 +38,8 @@ class ShardSettings:
     shard: str = "shard"
     number: int = 0
     timeout_s: float = 10.0
+    patience_s: float = 1.0
+    wait_s: float = 120.0
     channel: ChannelUsers = "same_user"
     dispatch_format: RowFormatName = "plain"
     host: str = "127.0.0.1"

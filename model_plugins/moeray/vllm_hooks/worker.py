@@ -12,14 +12,19 @@ from typing import Any
 import torch
 
 from moeray.deepseek_v4 import Checkpoint, CheckpointError, RoutedExperts
+from moeray.health import guard
 from moeray.placement import Placement
-from moeray.transport import ModelIdentity, Transport, TransportError, TransportSpec, connect
-from moeray.vllm_hooks import micro_batch_choice
+from moeray.transport import ModelIdentity, Transport, TransportSpec, connect
+from moeray.vllm_hooks import continued_requests, micro_batch_choice
 from moeray.vllm_hooks.engram_layer import EngramLayer
-from moeray.vllm_hooks.hop import hop
+from moeray.vllm_hooks.hop import Accuse, Connect, hop
 from moeray.vllm_hooks.loader import last_report
 from moeray.vllm_hooks.micro_batches import hop_report, second_hop
+from moeray.vllm_hooks.route import Route
+from moeray.vllm_hooks.route_feed import RouteFeed
 from moeray.vllm_hooks.settings import ShardSettings, shard_settings
+
+continued_requests.install()
 
 
 class WorkerExtension:
@@ -28,8 +33,27 @@ class WorkerExtension:
     vllm_config: Any
     model_runner: Any
 
+    def moeray_guard(self, hang_s: float) -> None:
+        """Have this process killed when it gives no sign of life for so long; call it once, when all is loaded.
+
+        Raises:
+            OSError: no further process can be started.
+        """
+        guard(hang_s)
+
+    def moeray_follow_routes(self, address: str) -> None:
+        """Take routes from the shard process from now on, in a thread beside the steps.
+
+        Args:
+            address: abstract AF_UNIX name of its listener, see `RouteFeed`.
+        Raises:
+            OSError: nobody listens there.
+        """
+        feed = RouteFeed(address, lambda: [hop, second_hop] if micro_batch_choice.wants_halves() else [hop])
+        _set_up_hops(self.vllm_config, feed.accuse)
+
     def moeray_connect(self, placement: dict[str, Any], addresses: list[str]) -> int:
-        """Build the transport of this placement, replacing the one in use.
+        """Move to this route between two steps, for an engine without a feed (in its caller's own process).
 
         Args:
             placement: `Placement.to_json()`.
@@ -37,25 +61,22 @@ class WorkerExtension:
         Returns:
             The generation now in use.
         Raises:
-            TransportError: a group cannot be reached or refuses; the shard is unconnected then.
+            TransportError: a group cannot be reached or refuses.
         """
-        settings = _settings(self.vllm_config)
-        wanted = Placement.from_json(placement)
-        hop.replace(None)
-        second_hop.replace(None)
-        hop.replace(_connect(settings, self.vllm_config, wanted, addresses))
-        second = replace(settings, shard=f"{settings.shard} (second half)")
-        try:
-            micro_batch_choice.prepare(
-                self.model_runner,
-                settings.micro_batches,
-                lambda: _connect(second, self.vllm_config, wanted, addresses),
-            )
-        except TransportError:
-            hop.replace(None)
-            second_hop.replace(None)
-            raise
-        return wanted.generation
+        _set_up_hops(self.vllm_config, None)
+        route = Route(Placement.from_json(placement), tuple(addresses), tuple(addresses))
+        hop.follow(route)
+        self.moeray_choose_micro_batches()
+        return route.generation
+
+    def moeray_choose_micro_batches(self) -> None:
+        """Once the first route is taken, before the first request: see `micro_batch_choice.prepare`.
+
+        Raises:
+            TransportError: a group was lost, or refused the second connection.
+        """
+        if hop.route is not None:
+            micro_batch_choice.prepare(self.model_runner, _settings(self.vllm_config).micro_batches, hop.route)
 
     def moeray_tensors(self) -> dict[str, Any]:
         """Every parameter and buffer of the shard, what was read from disk and what is mapped.
@@ -97,6 +118,13 @@ class WorkerExtension:
         return hop_report()
 
 
+def _set_up_hops(vllm_config: Any, accuse: Accuse | None) -> None:
+    settings = _settings(vllm_config)
+    second = replace(settings, shard=f"{settings.shard} (second half)")
+    for each, own in ((hop, settings), (second_hop, second)):
+        each.set_up(_connector(own, vllm_config), accuse, settings.wait_s)
+
+
 def _settings(vllm_config: Any) -> ShardSettings:
     settings = shard_settings(vllm_config)
     if settings is None:
@@ -104,23 +132,30 @@ def _settings(vllm_config: Any) -> ShardSettings:
     return settings
 
 
-def _connect(settings: ShardSettings, vllm_config: Any, placement: Placement, addresses: list[str]) -> Transport:
-    checkpoint = Checkpoint.open(settings.checkpoint)
+def _connector(settings: ShardSettings, vllm_config: Any) -> Connect:
+    """How this shard's hop connects."""
     spec = TransportSpec(
         shard=settings.shard,
         shard_number=settings.number,
         backend=settings.backend,
-        identity=_identity(checkpoint, vllm_config),
+        identity=_identity(Checkpoint.open(settings.checkpoint), vllm_config),
         max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
         timeout_s=settings.timeout_s,
+        patience_s=settings.patience_s,
         host=settings.host,
         channel=settings.channel,
         dispatch_format=settings.dispatch_format,
-        reserved=hop.reserved,
         spin_s=settings.spin_s,
         device=str(vllm_config.device_config.device),
     )
-    return connect(spec, placement, addresses, _local_experts(settings, vllm_config))
+
+    def connector(route: Route, absent: frozenset[int], in_a_hurry: bool) -> Transport:
+        timeout_s = min(spec.connect_timeout_s, 2 * spec.patience_s) if in_a_hurry else spec.connect_timeout_s
+        now = replace(spec, reserved=hop.reserved, connect_timeout_s=timeout_s)
+        experts = _local_experts(settings, vllm_config)
+        return connect(now, route.placement, route.addresses, experts, absent=absent)
+
+    return connector
 
 
 def _identity(checkpoint: Checkpoint, vllm_config: Any) -> ModelIdentity:

@@ -69,8 +69,14 @@ class Ingress:
             await self.send(wire.Add([bytes(b) for b in MsgpackEncoder().encode(_request(request_id))]))
 
     async def read(self) -> wire.FromShard:
+        """The next frame that is no Load."""
+        while isinstance(frame := await self.read_any(), wire.Load):
+            pass
+        return frame
+
+    async def read_any(self) -> wire.FromShard:
         try:
-            data = await asyncio.wait_for(self.call.read(), 5)
+            data = await asyncio.wait_for(self.call.read(), 60)
         except grpc.aio.AioRpcError as error:
             raise ConnectionError(f"{error.code().name}: {error.details()}") from error
         if data is grpc.aio.EOF:
@@ -290,5 +296,28 @@ def test_a_frame_that_is_not_ours_ends_the_link_and_nothing_else() -> None:
             assert await asyncio.wait_for(shard.engine.aborted.get(), 5) == "a"
             await (await shard.ingress("i1")).add("b")
             assert await asyncio.wait_for(shard.engine.added.get(), 5) == "b"
+
+    asyncio.run(scenario())
+
+
+def test_a_shard_says_what_it_holds_and_what_the_requests_of_others_will_fill() -> None:
+    async def scenario() -> None:
+        async with served() as shard:
+            shard.relay.kv_tokens = 1000
+            one, other = await shard.ingress("i0"), await shard.ingress("i1")
+            await one.add("a", "b")
+            for _ in range(2):
+                await asyncio.wait_for(shard.engine.added.get(), 5)
+            each = 2 + (SamplingParams().max_tokens or 0)
+
+            async def others_tokens(ingress: Ingress, expected: int) -> None:
+                async with asyncio.timeout(60):
+                    while await ingress.read_any() != wire.Load(1000, expected, 0, 0):
+                        pass
+
+            await others_tokens(other, 2 * each)
+            await others_tokens(one, 0)
+            await one.send(wire.Abort(["a", "b"]))
+            await others_tokens(other, 0)
 
     asyncio.run(scenario())

@@ -236,7 +236,10 @@ def test_touch_point_worker_extension() -> None:
     from moeray.vllm_hooks.worker import WorkerExtension
 
     names = [name for name in vars(WorkerExtension) if not name.startswith("__")]
-    assert names == ["moeray_connect", "moeray_tensors", "moeray_hop"]
+    assert names == [
+        "moeray_guard", "moeray_follow_routes", "moeray_connect", "moeray_choose_micro_batches", "moeray_tensors",
+        "moeray_hop",
+    ]  # fmt: skip
     inherited = [base for base in CPUWorker.__mro__ if base is not WorkerExtension]
     assert not [name for name in names for base in inherited if name in vars(base)]
 

@@ -1,0 +1,103 @@
+"""The shard process' end of the route feed (moeray.vllm_hooks.route_feed has the other, and the wire)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from moeray.transport.channel import user_of
+from moeray.vllm_hooks.route import Route
+
+logger = logging.getLogger(__name__)
+
+CONNECTED_S = 10.0
+MAX_LINE_BYTES = 64 << 20
+"""A placement of 100 layers and 1,000 slots is about 1 MB of JSON."""
+
+
+class RouteRefused(RuntimeError):
+    """A worker could not move to the route, or a newer one came; the text says why."""
+
+
+class RouteServer:
+    """Tells every worker of this shard's engine where the experts are. One event loop."""
+
+    def __init__(self, on_accused: Callable[[str, str, bool], None]) -> None:
+        """Args: on_accused: `(group_id, reason, certain)`; see `hop.Accuse`."""
+        self._on_accused = on_accused
+        self._workers: dict[asyncio.StreamWriter, dict[str, Any]] = {}
+        self._changed = asyncio.Condition()
+        self._number = 0
+        self._server: asyncio.AbstractServer | None = None
+
+    async def start(self) -> str:
+        """Listen; returns the abstract AF_UNIX name."""
+        name = f"moeray-routes-{secrets.token_hex(16)}"
+        self._server = await asyncio.start_unix_server(self._hold, path=f"\0{name}", limit=MAX_LINE_BYTES)
+        return name
+
+    async def connected(self, num_workers: int) -> None:
+        """Wait until they are here.
+
+        Raises:
+            TimeoutError: they did not come.
+        """
+        async with self._changed:
+            await asyncio.wait_for(self._changed.wait_for(lambda: len(self._workers) >= num_workers), CONNECTED_S)
+
+    async def publish(self, route: Route) -> None:
+        """Tell all workers; returns when each has moved.
+
+        Raises:
+            RouteRefused: one of them could not, or a newer route was published meanwhile.
+        """
+        self._number += 1
+        number = self._number
+        line = json.dumps({"number": number, "route": route.to_json()}).encode() + b"\n"
+        async with self._changed:
+            self._changed.notify_all()  # those who wait for an older one
+        for worker in list(self._workers):
+            worker.write(line)
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: self._number != number or all(each.get("number") == number for each in self._workers.values())
+            )
+        if self._number != number:
+            raise RouteRefused("a newer route has come")
+        errors = [each["error"] for each in self._workers.values() if "error" in each]
+        if errors:
+            raise RouteRefused(errors[0])
+
+    async def _hold(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection: socket.socket = writer.get_extra_info("socket")
+        if user_of(connection) != os.geteuid():
+            writer.close()
+            return
+        self._workers[writer] = {}
+        await self._notify()
+        try:
+            while line := await reader.readline():
+                message = json.loads(line)
+                if "accuse" in message:
+                    self._on_accused(message["accuse"], message["reason"], message["certain"])
+                else:
+                    self._workers[writer] = message
+                    await self._notify()
+        except (OSError, ValueError, KeyError) as error:
+            logger.error("route feed: %s", error)
+        finally:
+            del self._workers[writer]
+            with contextlib.suppress(OSError):
+                writer.close()
+            await self._notify()
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()

@@ -1,0 +1,117 @@
+"""The worker's end of the route feed: new routes come in beside the engine's steps, and accusations go out.
+
+EngineCore answers calls only between steps, and a step that waits for a lost expert does not end. So routes come over
+a connection of their own, an AF_UNIX socket of the shard process (attention_shard/routes.py), read by a thread of
+their own. The wire is one JSON object per line:
+
+    shard process -> worker   {"route": Route, "number": n}
+    worker -> shard process   {"number": n, "generation": g} when the hop has moved, with "error" instead if it cannot
+                              {"accuse": group id, "reason": text, "certain": bool}
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from moeray.transport.errors import TransportError
+from moeray.vllm_hooks.hop import HEAL_S, Hop
+from moeray.vllm_hooks.route import Route
+
+logger = logging.getLogger(__name__)
+
+
+class RouteFeed:
+    """Reads routes in one thread, moves the hops in another: a route that cannot be reached must not hide the next."""
+
+    def __init__(self, address: str, hops: Callable[[], Sequence[Hop]]) -> None:
+        """Connect and start.
+
+        Args:
+            address: abstract AF_UNIX name of the shard process' listener.
+            hops: those that are to follow, at this moment.
+        Raises:
+            OSError: nobody listens there.
+        """
+        self._hops = hops
+        self._routes: queue.Queue[tuple[int, Route] | None] = queue.Queue()
+        self._sending = threading.Lock()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.connect(f"\0{address}")
+        for work in (self._read, self._follow):
+            threading.Thread(target=work, name=f"moeray-route{work.__name__}", daemon=True).start()
+
+    def accuse(self, group_id: str, reason: str, certain: bool) -> None:
+        """See `hop.Accuse`; never blocks for long, never raises."""
+        self._say({"accuse": group_id, "reason": reason, "certain": certain})
+
+    def close(self) -> None:
+        """Both threads end; idempotent."""
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return
+
+    def _read(self) -> None:
+        last: Route | None = None
+        try:
+            with self._socket.makefile("rb") as lines:
+                for line in lines:
+                    data = json.loads(line)
+                    route = _same(Route.from_json(data["route"]), last)
+                    last = route
+                    for each in self._hops():
+                        each.announce(route)
+                    self._routes.put((int(data["number"]), route))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.error("route feed: %s", error)
+        self._routes.put(None)
+
+    def _follow(self) -> None:
+        while True:
+            try:
+                item = self._routes.get(timeout=HEAL_S)
+            except queue.Empty:
+                self._heal()
+                continue
+            if item is None:
+                return
+            number, route = item
+            if self._routes.empty():  # otherwise a newer one is here already
+                self._say({"number": number, **self._move(route)})
+
+    def _move(self, route: Route) -> dict[str, Any]:
+        try:
+            for each in self._hops():
+                each.follow(route)
+        except TransportError as error:
+            return {"error": str(error)}
+        except Exception as error:  # the thread must live: a later route may be better
+            logger.exception("route feed: generation %d", route.generation)
+            return {"error": f"{type(error).__name__}: {error}"}
+        moved = [each.route is route for each in self._hops()]
+        return {"generation": route.generation} if all(moved) else {"error": "a newer route has come"}
+
+    def _heal(self) -> None:
+        for each in self._hops():
+            try:
+                each.heal()
+            except TransportError as error:
+                logger.info("still left out: %s", error)
+
+    def _say(self, message: dict[str, Any]) -> None:
+        try:
+            with self._sending:
+                self._socket.sendall(json.dumps(message).encode() + b"\n")
+        except OSError as error:
+            logger.warning("route feed: %s was not told: %s", message, error)
+
+
+def _same(route: Route, last: Route | None) -> Route:
+    """The last one, if it says the same: then there is nothing to move to."""
+    return last if last is not None and route == last else route

@@ -1,0 +1,136 @@
+"""Both ends of the route feed over a real socket: the hop moves, refusals and accusations come back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+import torch
+
+from moeray.attention_shard.routes import RouteRefused, RouteServer
+from moeray.placement import contiguous
+from moeray.transport import HandshakeRefused, LocalTransport, Transport
+from moeray.vllm_hooks.hop import Hop
+from moeray.vllm_hooks.route import Route
+from moeray.vllm_hooks.route_feed import RouteFeed
+
+
+def route(generation: int) -> Route:
+    placement = contiguous(generation=generation, num_layers=1, num_experts=2, num_groups=1)
+    return Route(placement, ("group-a",), ("127.0.0.1:1",))
+
+
+class Engine:
+    """A process' hop and its feed; generations in `refused` cannot be reached."""
+
+    def __init__(self, refused: tuple[int, ...] = ()) -> None:
+        self.hop, self.refused = Hop(), refused
+        self.hop.set_up(self.connect)
+        self.connected: list[int] = []
+        self.feed: RouteFeed | None = None
+
+    def connect(self, wanted: Route, absent: frozenset[int], in_a_hurry: bool) -> Transport:
+        if wanted.generation in self.refused:
+            raise HandshakeRefused(f"generation {wanted.generation} is unknown there")
+        self.connected.append(wanted.generation)
+        return LocalTransport(wanted.placement, lambda layer, x_TD, ids_TK: x_TD.repeat_interleave(2, dim=0))
+
+    def call(self) -> None:
+        self.hop.dispatch(0, torch.ones(1, 4), torch.tensor([[0, 1]], dtype=torch.int32), torch.ones(1, 2))
+        self.hop.combine()
+
+
+def run(story: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(story, 60))
+
+
+async def following(engines: list[Engine], accused: list[tuple[str, str, bool]]) -> RouteServer:
+    server = RouteServer(lambda *accusation: accused.append(accusation))
+    name = await server.start()
+    for engine in engines:
+        engine.feed = await asyncio.to_thread(RouteFeed, name, lambda engine=engine: [engine.hop])
+    await server.connected(len(engines))
+    return server
+
+
+def test_a_published_route_is_in_use_in_every_worker_when_it_returns() -> None:
+    async def story() -> None:
+        engines = [Engine(), Engine()]
+        server = await following(engines, [])
+        for generation in (1, 2):
+            await server.publish(route(generation))
+            for engine in engines:
+                engine.call()
+                assert engine.hop.generation == generation
+
+    run(story())
+
+
+def test_a_route_that_says_the_same_again_moves_nobody() -> None:
+    async def story() -> None:
+        engine = Engine()
+        server = await following([engine], [])
+        await server.publish(route(1))
+        await server.publish(route(1))
+        assert engine.connected == [1]
+
+    run(story())
+
+
+def test_a_worker_that_cannot_move_says_why_and_stays_where_it_was() -> None:
+    async def story() -> None:
+        engine = Engine(refused=(2,))
+        server = await following([engine], [])
+        await server.publish(route(1))
+        with pytest.raises(RouteRefused, match="generation 2 is unknown there"):
+            await server.publish(route(2))
+        assert engine.hop.generation == 1
+        await server.publish(route(3))
+        assert engine.hop.generation == 3
+
+    run(story())
+
+
+def test_a_newer_route_ends_the_waiting_for_an_older_one() -> None:
+    async def story() -> None:
+        engine = Engine()
+        server = await following([engine], [])
+        await server.publish(route(1))
+        engine.hop.dispatch(0, torch.ones(1, 4), torch.tensor([[0, 1]], dtype=torch.int32), torch.ones(1, 2))
+        older = asyncio.create_task(server.publish(route(2)))  # waits for the end of the layer call
+        await asyncio.sleep(0.1)
+        newer = asyncio.create_task(server.publish(route(3)))
+        with pytest.raises(RouteRefused, match="newer"):
+            await older
+        await asyncio.to_thread(engine.hop.combine)
+        await newer
+        assert engine.hop.generation == 3
+
+    run(story())
+
+
+def test_accusations_reach_the_shard_process() -> None:
+    async def story() -> None:
+        engine, accused = Engine(), []
+        await following([engine], accused)
+        assert engine.feed is not None
+        await asyncio.to_thread(engine.feed.accuse, "group-a", "no answer within 1 s", False)
+        while not accused:
+            await asyncio.sleep(0.01)
+        assert accused == [("group-a", "no answer within 1 s", False)]
+
+    run(story())
+
+
+def test_a_feed_that_is_closed_is_forgotten() -> None:
+    async def story() -> None:
+        engine = Engine()
+        server = await following([engine], [])
+        assert engine.feed is not None
+        engine.feed.close()
+        while server._workers:
+            await asyncio.sleep(0.01)
+
+    run(story())
