@@ -33,6 +33,11 @@ from moeray.vllm_hooks.served_model import ExpertsIn, ServedModel, describe_mode
 
 APP_NAME = "moeray"
 
+DRAIN_S = 150.0
+"""What Serve leaves a replica that it stops: a group until the others have its experts, a shard for its requests. Those
+that are not needed leave at once."""
+INGRESS_DRAIN_S = 20.0
+
 
 def build(config: ClusterConfig | Mapping[str, Any] | str | None = None) -> Application:
     """Wire controller, expert groups, attention shards and ingress of one cluster.
@@ -75,7 +80,8 @@ def _pool(replica: type, pool: str, num_replicas: int, asks: AttentionConfig | E
         num_replicas=num_replicas,
         max_ongoing_requests=1000,
         health_check_period_s=1,
-        graceful_shutdown_timeout_s=20,
+        graceful_shutdown_timeout_s=INGRESS_DRAIN_S if pool == "ingress" else DRAIN_S,
+        graceful_shutdown_wait_loop_s=0.1,  # requests that Serve knows of are health checks: draining is ours
         ray_actor_options={
             "num_cpus": asks.num_cpus,
             "num_gpus": getattr(asks, "num_gpus", 0),

@@ -17,6 +17,7 @@ examples:
   moeray up -f cluster.yaml --detach       come back when it is ready, leave it running
   moeray chat "What is an expert group?"   ask it over gRPC; --http for the OpenAI API
   moeray status --json                     processes, endpoints, routed tokens
+  moeray scale experts=4 attention=3       other numbers of processes, while it serves
   moeray down                              stop what `up` started
   moeray inspect DIRECTORY --groups 8      what a checkpoint holds, and what each of 8 expert groups would read
   RAY_ADDRESS=host:6379 moeray up          on a Ray cluster that is there already
@@ -54,6 +55,10 @@ def _run(options: argparse.Namespace) -> int:
         from moeray.cli.status import status
 
         return status(as_json=options.json)
+    if options.command == "scale":
+        from moeray.cli.scale import scale
+
+        return scale(options.counts, timeout_s=options.timeout)
     if options.command == "chat":
         from moeray.cli.chat import chat
 
@@ -98,6 +103,17 @@ def _parser() -> argparse.ArgumentParser:
         "status", help="show processes, endpoints and load", epilog="example: moeray status --json"
     )
     status.add_argument("--json", action="store_true", help="as JSON, for scripts")
+
+    scale = commands.add_parser(
+        "scale", help="change the numbers of expert groups and attention shards",
+        description="Change the numbers of expert groups and attention shards while the cluster serves; no request is "
+        "lost. Returns when the new numbers are reached.",
+        epilog="example: moeray scale experts=4 attention=3",
+    )  # fmt: skip
+    scale.add_argument("counts", nargs="+", metavar="POOL=N", help="experts=N, attention=N or both")
+    scale.add_argument(
+        "--timeout", type=float, default=600.0, metavar="S", help="stop waiting after S seconds (default 600)"
+    )
 
     chat = commands.add_parser("chat", help="ask one question and stream the answer",
                                epilog='example: moeray chat "What is an expert group?"')  # fmt: skip

@@ -12,6 +12,7 @@ from moeray.cli.connection import NOT_RUNNING, cluster_state, ray_connection
 from moeray.cli.errors import CommandError
 
 SUPERVISOR_STOP_S = 45.0
+RETIRE_S = 10.0
 
 
 def down() -> int:
@@ -39,7 +40,10 @@ def remove_application() -> None:
     with contextlib.suppress(Exception):  # Serve raises bare exceptions when it or the application is not there
         serve.delete(APP_NAME)
     with contextlib.suppress(ValueError):
-        ray.kill(controller(), no_restart=True)
+        actor = controller()
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(actor.retire.remote(), timeout=RETIRE_S)
+        ray.kill(actor, no_restart=True)
 
 
 def _stop_supervisor(cluster: state_file.RunningCluster) -> None:

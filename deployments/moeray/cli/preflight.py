@@ -60,11 +60,6 @@ def _check_engine_args(config: ClusterConfig, place: ExpertsIn) -> None:
 
 def _check_ports(config: ClusterConfig) -> None:
     ingress = config.ingress
-    if ingress.num_replicas > 1:
-        raise ConfigError(
-            f"ingress.num_replicas: {ingress.num_replicas} ingresses on one machine would want the same ports; "
-            "use 1 here, or a Ray cluster with a node for each"
-        )
     if ingress.http_port == ingress.grpc_port:
         raise ConfigError(f"ingress.grpc_port: {ingress.grpc_port} is ingress.http_port too; choose two ports")
     for key, port in (("http_port", ingress.http_port), ("grpc_port", ingress.grpc_port)):

@@ -22,7 +22,7 @@ def wait_until_ready(config: ClusterConfig, timeout_s: float) -> dict[str, str]:
     while True:
         state = _state()
         elapsed_s = time.monotonic() - started
-        for line in _news(state, shown):
+        for line in news(state, shown):
             print(f"[{elapsed_s:5.1f} s] {line}", flush=True)
         if _is_ready(config, state):
             for text in state["warnings"]:
@@ -54,7 +54,7 @@ def _state() -> dict[str, Any]:
         }
 
 
-def _news(state: dict[str, Any], shown: dict[str, str]) -> list[str]:
+def news(state: dict[str, Any], shown: dict[str, str]) -> list[str]:
     lines = []
     for process in state["processes"]:
         stage = process.get("stage") if process["state"] == "starting" else None

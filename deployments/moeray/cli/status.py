@@ -20,16 +20,30 @@ def status(*, as_json: bool) -> int:
 def render(state: dict[str, Any]) -> str:
     """The controller's account as text."""
     endpoints = state["endpoints"] or {"http": "not ready", "grpc": "not ready"}
-    complete = (
-        "" if state["is_complete"] else "  (an expert group is missing: nothing can be generated until it is back)"
-    )
     rows = [COLUMNS, *(_row(process) for process in state["processes"])]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    head = f"model {state['model']}   generation {state['generation']}{complete}"
+    head = f"model {state['model']}   {_generation(state)}"
     odd = [f"not the same model: {difference}" for difference in state["mismatches"]]
     odd += [f"warning: {text}" for text in state["warnings"]]
     return "\n".join([head, *odd, f"HTTP  {endpoints['http']}", f"gRPC  {endpoints['grpc']}", "", *table])
+
+
+def _generation(state: dict[str, Any]) -> str:
+    """Which one is in force, which is coming, and how many copies of each expert there are."""
+    text = f"generation {state['generation']}"
+    if copies := state.get("copies"):
+        text += f", at least {copies['fewest_living']} of {copies['fewest']} copies of each expert"
+        if copies["experts_lost"]:
+            text += f" ({copies['experts_lost']} experts are nowhere: their requests wait)"
+    if not state["is_complete"]:
+        covered = state.get("is_covered")
+        text += "  (an expert group is missing" + ("; the others have its experts)" if covered else ")")
+    if proposed := state.get("proposed"):
+        waits = len(proposed["waits_for"])
+        text += f"  (generation {proposed['generation']} with {len(proposed['groups'])} groups is being prepared: "
+        text += f"{waits} of them load experts)"
+    return text
 
 
 def _row(process: dict[str, Any]) -> tuple[str, ...]:

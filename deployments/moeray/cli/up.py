@@ -98,7 +98,7 @@ def _deploy(config: ClusterConfig, timeout_s: float) -> state_file.RunningCluste
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(proxy_location="Disabled")
     serve.run_many(
-        [serve.RunTarget(application, name=APP_NAME, route_prefix=None)],
+        [serve.RunTarget(application, name=APP_NAME, route_prefix=None, external_scaler_enabled=True)],
         wait_for_ingress_deployment_creation=False,
         wait_for_applications_running=False,
     )

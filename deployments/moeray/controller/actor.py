@@ -9,41 +9,63 @@ import asyncio
 import logging
 import os
 import secrets
+import time
 from collections.abc import Callable
 from typing import Any
 
 import ray
 
+from moeray.controller.core_ledger import CoreLedger
+from moeray.controller.keeper import Keeper
 from moeray.controller.lease import LeaseServer
+from moeray.controller.rebalance import rebalance
+from moeray.controller.redundancy import describe_generations
 from moeray.controller.settings import CONTROLLER_NAME, NAMESPACE, ControllerSettings
-from moeray.membership import Membership, MemberState, Role, View
-from moeray.placement import CoreShare, Machine, Placement, Wanted, crowded, take_cores
+from moeray.controller.store import Store, open_store
+from moeray.membership import Membership, MemberState, Role, SnapshotError, View
+from moeray.membership.snapshot import from_json
+from moeray.placement import CoreShare, Machine, Placement, Wanted
 
 logger = logging.getLogger(__name__)
+
+TICK_S = 0.2
+"""How late a deadline of the membership may be noticed."""
 
 
 class Controller:
     """See module docstring. All methods run on one event loop; the state changes only in `_apply`."""
 
-    def __init__(self, settings: ControllerSettings) -> None:
+    def __init__(self, settings: ControllerSettings, store: Store | None = None) -> None:
+        """With a store: go on from what it holds, if that is of this cluster."""
         self._settings = settings
-        self._state = Membership.start(settings.num_groups, epoch=secrets.randbits(62) + 1)
+        self._keeper = Keeper(store) if store is not None else None
+        self._state = self._first_state(self._keeper.load() if self._keeper else None)
         self._changed = asyncio.Event()
         self._reports: dict[str, dict[str, Any]] = {}
-        self._cores: dict[str, CoreShare] = {}
-        self._crowding: list[str] = []
+        self._cores = CoreLedger()
         self._leases = LeaseServer(self._lost, silence_s=settings.silence_s)
         self._lease_address: asyncio.Task[str] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def join(
-        self, role: str, id: str, pid: int, node: str, index: int | None = None, generation: int = 0
+        self,
+        role: str,
+        id: str,
+        pid: int,
+        node: str,
+        index: int | None = None,
+        generation: int = 0,
+        heard: int = 0,
     ) -> dict[str, Any]:
         """Take a member in, see Membership.join; returns its index, and where and how often to beat."""
+        self._start()
         if self._lease_address is None:
             self._lease_address = asyncio.create_task(self._leases.start(ray.util.get_node_ip_address()))
         lease_address = await self._lease_address
         self._apply(
-            lambda state: state.join(id=id, role=Role(role), pid=pid, node=node, index=index, generation=generation)
+            lambda state: state.join(
+                id=id, role=Role(role), pid=pid, node=node, index=index, generation=generation, heard=heard
+            )
         )
         logger.info("%s %s joined as number %d", role, id, self._state.members[id].index)
         token = secrets.token_hex(16)
@@ -57,18 +79,12 @@ class Controller:
 
     async def take_cores(self, id: str, machine: Machine, wanted: Wanted) -> CoreShare:
         """Cores for a member's compute threads, beside those of the living members on its machine."""
-        others = [share for other, share in self._cores.items() if other != id]
-        share = take_cores(machine, wanted, others)
-        await self.keep_cores(id, share)
-        return share
+        return self._cores.take(id, machine, wanted)
 
     async def keep_cores(self, id: str, share: CoreShare) -> None:
         """A member has these cores: it was given them now, or by this controller's predecessor."""
-        if id not in self._state.members:
-            return
-        self._cores[id] = share
-        logger.info("%s runs on cores %s", share.name, share.cores)
-        self._warn_of_crowding()
+        if id in self._state.members:
+            self._cores.keep(id, share)
 
     async def identify(self, id: str, identity: dict[str, Any]) -> None:
         """A member has loaded its part of this model, see Membership.identify."""
@@ -76,6 +92,34 @@ class Controller:
 
     async def ready(self, id: str, address: str) -> None:
         self._apply(lambda state: state.ready(id, address))
+
+    async def prepared(self, id: str, generation: int) -> None:
+        """An expert group holds what it needs in a proposed generation, see Membership.prepared."""
+        self._apply(lambda state: state.prepared(id, generation))
+
+    async def adopted(self, id: str, generation: int) -> None:
+        """A shard uses a generation and none before it, see Membership.adopted."""
+        self._apply(lambda state: state.adopted(id, generation))
+
+    async def accuse(self, by: str, group_id: str, reason: str, certain: bool = True) -> bool:
+        """A shard finds a group bad, see Membership.accuse; whether it is given up now."""
+        self._apply(lambda state: state.accuse(by, group_id, reason, certain=certain))
+        group = self._state.members.get(group_id)
+        believed = group is None or group.given_up
+        logger.warning("%s accuses %s: %s (%s)", by, group_id, reason, "given up" if believed else "kept")
+        return believed
+
+    async def drain(self, id: str) -> None:
+        self._apply(lambda state: state.drain(id))
+
+    async def scale(self, role: str, count: int) -> None:
+        """So many processes of a role are wanted from now on; only the number of expert groups is of matter here.
+
+        Raises:
+            MembershipError: not a possible number.
+        """
+        if Role(role) is Role.EXPERT_GROUP:
+            self._apply(lambda state: state.scale(count))
 
     async def unready(self, id: str) -> None:
         self._apply(lambda state: state.unready(id))
@@ -104,21 +148,29 @@ class Controller:
                 break
         return self._state.view()
 
-    async def placement(self) -> dict[str, Any]:
-        """The current generation's expert map, as JSON."""
-        return self._placement().to_json()
+    async def placement(self, generation: int) -> dict[str, Any] | None:
+        """The expert map of a generation in force, proposed or still used, as JSON; None of others."""
+        found = self._state.generation(generation)
+        return found.placement.to_json() if found is not None and found.placement is not None else None
+
+    async def retire(self) -> None:
+        """The cluster is being taken down: nothing of it is to be remembered."""
+        if self._keeper is not None:
+            await self._keeper.close()
 
     async def state(self) -> dict[str, Any]:
         """What `moeray status --json` prints, plus the generation's completeness."""
         mismatches = self._state.mismatches()
         members = sorted(self._state.members.values(), key=lambda member: (member.role, member.index, member.id))
         return {
-            "generation": self._state.generation,
+            "generation": self._state.current.number,
             "model": self._settings.model,
             "is_complete": self._state.is_complete,
+            "is_covered": self._state.is_covered,
+            **describe_generations(self._state),
             "endpoints": self._endpoints(),
             "mismatches": list(mismatches.values()),
-            "warnings": self._crowding,
+            "warnings": self._cores.crowding,
             "processes": [
                 {"role": Role.CONTROLLER, "id": CONTROLLER_NAME, "pid": os.getpid(), "node": _node_id(),
                  "state": MemberState.READY},
@@ -134,22 +186,45 @@ class Controller:
             ],
         }  # fmt: skip
 
-    def _free_cores(self) -> None:
-        """Those of members that are gone."""
-        members = self._state.members
-        kept = {id: share for id, share in self._cores.items() if id in members and members[id].is_alive}
-        if len(kept) < len(self._cores):
-            self._cores = kept
-            self._warn_of_crowding()
+    def _first_state(self, snapshot: str | None) -> Membership:
+        settings, epoch = self._settings, secrets.randbits(62) + 1
+        if snapshot is not None:
+            try:
+                return from_json(snapshot, settings.layout, settings.delays, epoch=epoch, now=time.monotonic())
+            except SnapshotError as error:
+                logger.error("beginning anew: %s", error)
+        return Membership.start(
+            settings.num_groups, settings.layout, settings.delays, epoch=epoch, now=time.monotonic()
+        )
 
-    def _warn_of_crowding(self) -> None:
-        before, self._crowding = self._crowding, crowded(self._cores.values())
-        for text in self._crowding:
-            if text not in before:
-                logger.warning("%s", text)
+    def _start(self) -> None:
+        """What goes on in the background; begun by the first member, because the constructor has no event loop."""
+        if self._tasks:
+            return
+        self._tasks.append(asyncio.create_task(self._tick()))
+        if self._keeper is not None:
+            self._tasks.append(asyncio.create_task(self._keeper.keep()))
+        if self._settings.rebalance_s:
+            rebalancing = rebalance(
+                self._settings.rebalance_s,
+                self._settings.layout,
+                lambda: self._state,
+                lambda: self._reports,
+                self._propose,
+            )
+            self._tasks.append(asyncio.create_task(rebalancing))
 
-    def _placement(self) -> Placement:
-        return self._settings.placement(self._state.generation)
+    async def _tick(self) -> None:
+        returned_by = time.monotonic() + self._settings.return_s
+        while True:
+            await asyncio.sleep(TICK_S)
+            if self._state.awaited and time.monotonic() > returned_by:
+                for id in self._state.awaited:
+                    self._lost(id, "did not come back to the restarted controller")
+            self._apply(Membership.tick)
+
+    def _propose(self, placement: Placement, based_on: int) -> None:
+        self._apply(lambda state: state.propose_placement(placement, based_on))
 
     def _endpoints(self) -> dict[str, str]:
         for member in self._state.members.values():
@@ -164,20 +239,36 @@ class Controller:
         self._apply(lambda state: state.lose(id, reason))
 
     def _apply(self, event: Callable[[Membership], Membership]) -> None:
-        before, self._state = self._state, event(self._state)
+        before, self._state = self._state, event(self._state.at(time.monotonic()))
+        if self._state.version == before.version:
+            return
         mismatches, known = self._state.mismatches(), before.mismatches()
         for id, difference in mismatches.items():
             if known.get(id) != difference:
                 logger.error("no generation with %s: %s", id, difference)
-        if self._state.generation != before.generation:
-            logger.info(
-                "generation %d formed: %s", self._state.generation, ", ".join(self._state.groups) or "no groups"
-            )
-        if self._state.version != before.version:
-            self._reports = {id: report for id, report in self._reports.items() if id in self._state.members}
-            self._free_cores()
-            self._changed.set()
-            self._changed = asyncio.Event()
+        self._log_generations(before)
+        self._reports = {id: report for id, report in self._reports.items() if id in self._state.members}
+        self._cores.free_all_but(id for id, member in self._state.members.items() if member.is_alive)
+        if self._keeper is not None:
+            self._keeper.put(self._state)
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _log_generations(self, before: Membership) -> None:
+        state, proposal = self._state, self._state.proposal
+        if state.current.number != before.current.number:
+            logger.info("generation %d is in force: %s", state.current.number, ", ".join(state.current.groups))
+        if proposal is not None and (before.proposal is None or before.proposal.number != proposal.number):
+            logger.info("generation %d is proposed: %s", proposal.number, ", ".join(proposal.groups))
+        if proposal is None and before.proposal is not None and before.proposal.number != state.current.number:
+            logger.warning("generation %d is withdrawn", before.proposal.number)
+
+
+class ControllerActor(Controller):
+    """The actor: its state is kept under its id, which a restart does not change and another cluster never has."""
+
+    def __init__(self, settings: ControllerSettings) -> None:
+        super().__init__(settings, open_store(settings.redis_url, ray.get_runtime_context().get_actor_id()))
 
 
 def _node_id() -> str:
@@ -193,7 +284,7 @@ def controller(settings: ControllerSettings | None = None) -> Any:
     """
     if settings is None:
         return ray.get_actor(CONTROLLER_NAME, namespace=NAMESPACE)
-    actor = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=1000)(Controller)
+    actor = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=1000)(ControllerActor)
     return actor.options(name=CONTROLLER_NAME, namespace=NAMESPACE, lifetime="detached", get_if_exists=True).remote(
         settings
     )

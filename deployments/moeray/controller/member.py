@@ -39,7 +39,10 @@ class ClusterMember:
         self._identity: dict[str, Any] | None = None
         self._report: dict[str, Any] = {}
         self._cores: CoreShare | None = None
-        self.generation = 0  # of an expert group: the newest one it is part of
+        self._prepared = 0
+        self._heard = 0
+        self._is_draining = False
+        self.generation = 0  # the newest one it is part of (an expert group) or has adopted (a shard)
         self.id = serve.get_replica_context().replica_id.unique_id
         self.index: int | None = None
 
@@ -105,9 +108,35 @@ class ClusterMember:
         self._report = report
         await self._controller.report.remote(self.id, report)
 
-    async def placement(self) -> dict[str, Any]:
-        result: dict[str, Any] = await self._controller.placement.remote()
+    async def placement(self, generation: int) -> dict[str, Any] | None:
+        """`Placement.to_json()` of a generation that is in force, proposed or still used; None if it is none of these.
+
+        Without remote experts there is none.
+        """
+        result: dict[str, Any] | None = await self._controller.placement.remote(generation)
         return result
+
+    async def prepared(self, generation: int) -> None:
+        """An expert group has loaded what it needs in `generation`; may be said again."""
+        self._prepared = generation
+        await self._say(self._controller.prepared, generation)
+
+    async def adopted(self, generation: int) -> None:
+        """An attention shard uses `generation` and none before it; may be said again."""
+        self.generation = max(self.generation, generation)
+        await self._say(self._controller.adopted, generation)
+
+    async def accuse(self, group_id: str, reason: str, certain: bool = True) -> None:
+        """Tell that an expert group is bad (`certain`) or slow; if that is believed, it is in `View.lost` soon.
+
+        Say it again when it happens again: coverage changes, and others may find the same.
+        """
+        await self._say(self._controller.accuse, group_id, reason, certain)
+
+    async def drain(self) -> None:
+        """Take nothing new, and let the others manage without this process; for good."""
+        self._is_draining = True
+        await self._say(self._controller.drain)
 
     def follow(self, on_view: Callable[[View], Awaitable[None]]) -> None:
         """Call `on_view` with every new view until `leave`; an error in it is logged and a newer view awaited."""
@@ -116,6 +145,14 @@ class ClusterMember:
     def every(self, period_s: float, publish: Callable[[], Awaitable[dict[str, Any]]]) -> None:
         """Report what `publish` gives every `period_s`, if it changed."""
         self._tasks.append(asyncio.create_task(self._report_changes(period_s, publish)))
+
+    async def _say(self, method: Any, *arguments: Any) -> Any:
+        """Tell the controller. One that is away is told when this process joins again; one that refuses is believed."""
+        try:
+            return await method.remote(self.id, *arguments)
+        except (ray.exceptions.RayError, MembershipError) as error:
+            logger.warning("%s %s: the controller was not told: %s", self._role, self.id, error)
+            return None
 
     async def leave(self) -> None:
         """Go in an orderly way: nobody is told that a process was lost."""
@@ -131,7 +168,7 @@ class ClusterMember:
         for attempt in range(JOIN_ATTEMPTS):
             try:
                 given = await self._controller.join.remote(
-                    self._role, self.id, os.getpid(), node, self.index, self.generation
+                    self._role, self.id, os.getpid(), node, self.index, self.generation, self._heard
                 )
                 break
             except MembershipError as error:
@@ -158,20 +195,34 @@ class ClusterMember:
                     await self.identify(self._identity)
                 if self._address:
                     await self.ready(self._address)
+                await self._say_again()
             except (ray.exceptions.RayError, OSError, MembershipError) as error:
                 logger.warning("%s %s: joining again failed: %s", self._role, self.id, error)
                 await asyncio.sleep(RETRY_S)
 
+    async def _say_again(self) -> None:
+        """What a controller that was away, or lost its memory, may not know."""
+        if self._role is Role.ATTENTION_SHARD and self.generation:
+            await self.adopted(self.generation)
+        if self._prepared:
+            await self.prepared(self._prepared)
+        if self._is_draining:
+            await self.drain()
+
     async def _follow(self, on_view: Callable[[View], Awaitable[None]]) -> None:
         seen = (0, -1)  # which life of the controller, and its version
-        generation = 0
+        generation, is_group = 0, self._role is Role.EXPERT_GROUP
         while True:
             try:
                 view: View = await self._controller.watch.remote(*seen, WATCH_S)
-                # A restarted controller knows nobody until the members have come back; what it knew before still holds.
-                if (view.epoch, view.version) != seen and view.generation >= generation:
+                self._heard = max(self._heard, view.generation, view.proposed)
+                # A controller that lost its memory knows nobody until the members have come back: what was in force
+                # still is. Groups hear it nevertheless: it will propose, and they give up nothing without a newer one.
+                if (view.epoch, view.version) != seen and (is_group or view.generation >= generation):
+                    if self.id in view.groups:
+                        self.generation = max(self.generation, view.generation if is_group else 0)
                     await on_view(view)
-                    generation = view.generation
+                    generation = max(generation, view.generation)
                 seen = (view.epoch, view.version)
             except Exception:  # whatever it was (the controller restarts, a peer is away), a later view may be better
                 logger.exception("%s %s: could not act on the cluster's new state", self._role, self.id)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moeray.config import ClusterConfig, ConfigError
-from moeray.placement import Placement, PlacementError, contiguous
+from moeray.membership import Delays
+from moeray.placement import Layout, PlacementError, contiguous
 
 if TYPE_CHECKING:
     from moeray.deepseek_v4.shape import ModelShape
@@ -19,69 +20,80 @@ NAMESPACE = "moeray"
 
 @dataclass(frozen=True, slots=True)
 class ControllerSettings:
-    """The fixed facts of one cluster.
+    """The facts of one cluster. Replicas get them too, and must use nothing of it that scaling changes.
 
     Attributes:
         model: the served model name.
-        num_groups: remote expert groups; 0 when experts stay in the shards.
-        num_layers, num_experts: shape of the expert map.
-        num_redundant: copies per layer beside the first ones.
+        num_groups: remote expert groups to begin with; 0 when experts stay in the shards.
+        layout: what of the model is placed.
+        delays: how long membership waits for what.
+        rebalance_s: how often copies are placed anew by load; 0 is never.
+        redis_url: where the state is kept; empty is Ray's own store.
         beat_s: how often a member says that it is alive.
         silence_s: a member that is silent for longer is lost. A closed connection is noticed at once, so this only
             catches hung processes and lost nodes; it is far above a beat so that load alone evicts nobody.
+        return_s: members that do not come back to a restarted controller by then are lost.
     """
 
     model: str
     num_groups: int
-    num_layers: int
-    num_experts: int
+    layout: Layout
+    delays: Delays = field(default_factory=Delays)
+    rebalance_s: float = 0.0
+    redis_url: str = ""
     beat_s: float = 1.0
     silence_s: float = 30.0
-    num_redundant: int = 0
-
-    def placement(self, generation: int) -> Placement:
-        """The expert map: the same for the controller, which hands it to shards, and for a group, which loads by it.
-
-        Raises:
-            PlacementError: experts, groups and copies do not fit together.
-        """
-        return contiguous(
-            generation=generation,
-            num_layers=self.num_layers,
-            num_experts=self.num_experts,
-            num_groups=max(1, self.num_groups),
-            num_redundant=self.num_redundant,
-        )
+    return_s: float = 30.0
 
 
 def controller_settings(config: ClusterConfig, shape: ModelShape | ServedModel) -> ControllerSettings:
     """What the controller must know of model and topology.
 
     Raises:
-        ConfigError: more expert groups than experts, or more redundant copies than the groups can hold.
+        ConfigError: more expert groups than experts, or copies that the groups or the slots cannot hold.
     """
-    num_groups = config.num_remote_groups
+    experts, num_groups = config.experts, config.num_remote_groups
     if num_groups > shape.num_experts:
         raise ConfigError(
             f"experts.num_groups: {num_groups} groups cannot share the {shape.num_experts} routed experts "
             f"of {config.model}: at most {shape.num_experts}"
         )
-    num_redundant = config.experts.num_redundant
-    if num_redundant and not num_groups:
-        raise ConfigError(
-            f"experts.num_redundant: {num_redundant} copies need expert groups, but here experts stay in the shards "
-            f"(experts.num_groups is {config.experts.num_groups}, transport.backend {config.transport.backend}): set 0"
-        )
-    settings = ControllerSettings(
-        model=model_name(config), num_groups=num_groups, num_layers=shape.num_layers, num_experts=shape.num_experts,
-        num_redundant=num_redundant,
+    _check_copies(config, shape.num_experts)
+    return ControllerSettings(
+        model=model_name(config), num_groups=num_groups,
+        layout=Layout(shape.num_layers, shape.num_experts, experts.num_redundant, experts.min_copies),
+        delays=Delays(join_debounce_s=experts.join_debounce_s, regroup_s=experts.regroup_s),
+        rebalance_s=experts.rebalance_s if num_groups else 0.0, redis_url=config.redis.url,
     )  # fmt: skip
+
+
+def _check_copies(config: ClusterConfig, num_experts: int) -> None:
+    experts, num_groups = config.experts, config.num_remote_groups
+    for key, count in (("num_redundant", experts.num_redundant), ("min_copies", experts.min_copies - 1)):
+        if count and not num_groups:
+            raise ConfigError(
+                f"experts.{key}: {getattr(experts, key)} copies need expert groups, but here experts stay in the "
+                f"shards (experts.num_groups is {experts.num_groups}, transport.backend {config.transport.backend}): "
+                f"set {getattr(experts, key) - count}"
+            )
+    if not num_groups:
+        return
+    if experts.min_copies > num_groups:
+        raise ConfigError(
+            f"experts.min_copies: {experts.min_copies} copies of each expert need as many expert groups, "
+            f"but experts.num_groups is {num_groups}"
+        )
+    needed = num_experts * (experts.min_copies - 1)
+    if experts.num_redundant < needed:
+        raise ConfigError(
+            f"experts.min_copies: {experts.min_copies} copies of {num_experts} experts take {needed} redundant slots "
+            f"per layer, but experts.num_redundant is {experts.num_redundant}"
+        )
     try:
-        if num_groups:
-            settings.placement(generation=0)
+        contiguous(generation=0, num_layers=0, num_experts=num_experts, num_groups=num_groups,
+                   num_redundant=experts.num_redundant)  # fmt: skip
     except PlacementError as error:
         raise ConfigError(f"experts.num_redundant: {error}") from error
-    return settings
 
 
 def model_name(config: ClusterConfig) -> str:

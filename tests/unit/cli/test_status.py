@@ -44,3 +44,24 @@ def test_the_plan_of_micro_batches_is_shown_with_both_times() -> None:
     )
     assert row({"role": "attention_shard", "hop": HOP | whole}).endswith("no step in halves (512: 985 -> 652 ms)")
     assert row({"role": "attention_shard", "hop": HOP | never}).endswith("100 us each")
+
+
+def head(**more: Any) -> str:
+    return render(state({"role": "controller"}) | more).splitlines()[0]
+
+
+def test_a_generation_that_is_whole_needs_no_words() -> None:
+    copies = {"slots": 32, "fewest": 2, "fewest_living": 2, "experts_lost": 0}
+    assert head(copies=None) == "model m   generation 1"
+    assert head(copies=copies) == "model m   generation 1, at least 2 of 2 copies of each expert"
+
+
+def test_what_a_lost_group_costs_is_said() -> None:
+    copies = {"slots": 32, "fewest": 1, "fewest_living": 0, "experts_lost": 24}
+    assert head(copies=copies, is_complete=False, is_covered=False).endswith(
+        "at least 0 of 1 copies of each expert (24 experts are nowhere: their requests wait)"
+        "  (an expert group is missing)"
+    )
+    assert head(is_complete=False, is_covered=True).endswith(
+        "(an expert group is missing; the others have its experts)"
+    )

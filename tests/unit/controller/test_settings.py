@@ -9,6 +9,8 @@ import pytest
 from moeray.config import ConfigError, parse_config
 from moeray.controller.settings import controller_settings
 from moeray.deepseek_v4.checkpoint import Checkpoint
+from moeray.membership import Delays
+from moeray.placement import Layout
 from moeray.tiny import checkpoint_path
 
 SHAPE = Checkpoint.open(checkpoint_path()).shape  # 16 experts
@@ -34,6 +36,18 @@ SHAPE = Checkpoint.open(checkpoint_path()).shape  # 16 experts
             {"experts": {"num_redundant": 2}, "transport": {"backend": "local"}},
             "experts.num_redundant: 2 copies need expert groups, .* transport.backend local",
         ),
+        (
+            {"experts": {"num_groups": 2, "num_redundant": 15, "min_copies": 2}},
+            "experts.min_copies: 2 copies of 16 experts take 16 redundant slots per layer, but .* is 15",
+        ),
+        (
+            {"experts": {"num_groups": 2, "num_redundant": 16, "min_copies": 3}},
+            "experts.min_copies: 3 copies of each expert need as many expert groups, but .*num_groups is 2",
+        ),
+        (
+            {"experts": {"num_groups": 0, "min_copies": 2}},
+            "experts.min_copies: 2 copies need expert groups, .* experts.num_groups is 0",
+        ),
     ],
 )
 def test_copies_that_have_no_place_are_refused_with_the_arithmetic(data: dict[str, Any], message: str) -> None:
@@ -41,9 +55,12 @@ def test_copies_that_have_no_place_are_refused_with_the_arithmetic(data: dict[st
         controller_settings(parse_config(data), SHAPE)
 
 
-def test_controller_and_groups_read_one_placement() -> None:
-    settings = controller_settings(parse_config({"experts": {"num_groups": 3, "num_redundant": 20}}), SHAPE)
-    placement = settings.placement(generation=7)
-    assert (placement.generation, placement.num_layers, placement.num_groups) == (7, SHAPE.num_layers, 3)
-    assert placement.slots_per_group == (12, 12, 12)
-    assert placement.expert_of_slot == settings.placement(generation=0).expert_of_slot
+def test_the_layout_and_the_delays_are_those_of_the_file() -> None:
+    experts = {
+        "num_groups": 3, "num_redundant": 20, "min_copies": 2, "join_debounce_s": 0.5, "regroup_s": 7,
+        "rebalance_s": 30,
+    }  # fmt: skip
+    settings = controller_settings(parse_config({"experts": experts, "redis": {"url": "redis://r:1/0"}}), SHAPE)
+    assert settings.layout == Layout(SHAPE.num_layers, SHAPE.num_experts, 20, 2)
+    assert (settings.delays, settings.rebalance_s) == (Delays(0.5, 7.0), 30.0)
+    assert (settings.num_groups, settings.redis_url) == (3, "redis://r:1/0")

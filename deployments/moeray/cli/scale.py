@@ -1,0 +1,190 @@
+"""`moeray scale`: other numbers of expert groups and attention shards, while the cluster serves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moeray.cli.connection import cluster_state, ray_connection
+from moeray.cli.errors import CommandError
+from moeray.cli.progress import news
+
+POOLS = {"experts": ("expert_group", "ExpertGroup"), "attention": ("attention_shard", "AttentionShard")}
+"""What is typed -> role of the processes, name of their Serve deployment."""
+POLL_S = 0.2
+CALL_S = 30.0
+
+
+def scale(counts: Sequence[str], *, timeout_s: float) -> int:
+    """Set new numbers, wait until they are reached.
+
+    Raises:
+        CommandError: a number that cannot be (2), or was not reached in time (1).
+    """
+    wanted = parse_counts(counts)
+    with ray_connection():
+        state = cluster_state()
+        _check(wanted, state)
+        deployments = _deployments()
+        _check_resources(wanted, deployments)
+        for pool, count in wanted.items():  # all of them before any process comes or goes: it may refuse
+            _tell_controller(POOLS[pool][0], count)
+        for pool, count in wanted.items():
+            _tell_serve(POOLS[pool][1], count)
+        _wait(wanted, timeout_s, state)
+    return 0
+
+
+def parse_counts(counts: Sequence[str]) -> dict[str, int]:
+    """`experts=4` -> {"experts": 4}.
+
+    Raises:
+        CommandError: not so written, or less than 1.
+    """
+    wanted: dict[str, int] = {}
+    for text in counts:
+        pool, _, number = text.partition("=")
+        if pool not in POOLS or not number.isascii() or not number.isdigit():
+            raise CommandError(f"{text!r} is not experts=N or attention=N", status=2)
+        if int(number) < 1:
+            raise CommandError(f"{text}: at least 1 (`moeray down` stops everything)", status=2)
+        if pool in wanted:
+            raise CommandError(f"{text}: {pool} is given twice", status=2)
+        wanted[pool] = int(number)
+    return wanted
+
+
+def reached(wanted: Mapping[str, int], state: Mapping[str, Any]) -> bool:
+    """Whether so many processes serve, no other one is on its way, and everybody has the newest generation."""
+    for pool, count in wanted.items():
+        states = [process["state"] for process in state["processes"] if process["role"] == POOLS[pool][0]]
+        there = [each for each in states if each != "lost"]
+        if there != ["ready"] * count:
+            return False
+    if "experts" in wanted and len(state["groups"]) != wanted["experts"]:
+        return False
+    is_settled = state["proposed"] is None and state["oldest_generation"] == state["generation"]
+    return bool(state["is_complete"]) and is_settled
+
+
+def _check(wanted: Mapping[str, int], state: Mapping[str, Any]) -> None:
+    if "experts" in wanted and not state["target_groups"]:
+        raise CommandError(
+            "experts: this cluster has no expert groups, its shards keep the experts (experts.num_groups is 0)",
+            status=2,
+        )
+
+
+def _check_resources(wanted: Mapping[str, int], deployments: Mapping[str, Any]) -> None:
+    """Raises CommandError if Ray cannot have room for the processes that are to come."""
+    import ray
+
+    free = ray.available_resources()
+    for pool, count in wanted.items():
+        deployment = deployments.get(POOLS[pool][1])
+        if deployment is None:
+            raise CommandError(f"{pool}: Ray Serve has no deployment {POOLS[pool][1]}")
+        more = count - int(deployment["target_num_replicas"])
+        options = deployment["deployment_config"]["ray_actor_options"] or {}
+        for resource, key in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
+            needed = more * float(options.get(key) or 0)
+            if more > 0 and needed > free.get(resource, 0.0) + 1e-6:
+                raise CommandError(
+                    f"{pool}={count}: {more} more processes ask Ray for {more} x {options[key]:g} = {needed:g} "
+                    f"{resource}, but {free.get(resource, 0.0):g} are free; add nodes or lower "
+                    f"{pool}.{key}",
+                    status=2,
+                )
+            free[resource] = free.get(resource, 0.0) - max(0.0, needed)
+
+
+def _deployments() -> dict[str, Any]:
+    """Ray Serve's own account of our deployments, by name."""
+    from moeray.app import APP_NAME
+
+    details = _serve_client().get_serve_details()
+    application = details["applications"].get(APP_NAME)
+    if application is None:
+        raise CommandError(f"Ray Serve has no application {APP_NAME}")
+    found: dict[str, Any] = application["deployments"]
+    return found
+
+
+def _serve_client() -> Any:
+    from ray.serve.context import _get_global_client
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        return _get_global_client()
+    except RayServeException as error:
+        raise CommandError(f"Ray Serve does not run here: {error}") from error
+
+
+def _tell_controller(role: str, count: int) -> None:
+    """First, so that it waits for all that come, and does not take leaving ones for lost."""
+    import ray
+
+    from moeray.controller.actor import controller
+    from moeray.membership import MembershipError
+
+    try:
+        ray.get(controller().scale.remote(role, count), timeout=CALL_S)
+    except MembershipError as error:
+        reason = str(error).strip().splitlines()[-1].split("MembershipError: ")[-1]
+        raise CommandError(reason, status=2) from error
+    except ray.exceptions.RayError as error:
+        raise CommandError(f"the controller does not answer: {type(error).__name__}") from error
+
+
+def _tell_serve(deployment: str, count: int) -> None:
+    """Change the number of replicas in place: those that stay are not restarted."""
+    import ray
+    from ray.serve._private.common import DeploymentID
+    from ray.serve._private.exceptions import ExternalScalerDisabledError
+
+    from moeray.app import APP_NAME
+
+    serve_controller = _serve_client()._controller
+    try:
+        ray.get(
+            serve_controller.update_deployment_replicas.remote(DeploymentID(deployment, APP_NAME), count),
+            timeout=CALL_S,
+        )
+    except ExternalScalerDisabledError as error:
+        raise CommandError(
+            f"the Serve application was deployed without `external_scaler_enabled: true`: set that, or "
+            f"`num_replicas` of {deployment}, in its Serve configuration"
+        ) from error
+    except (ray.exceptions.RayError, ValueError) as error:
+        raise CommandError(f"Ray Serve refused: {str(error).strip().splitlines()[-1]}") from error
+
+
+def _wait(wanted: Mapping[str, int], timeout_s: float, before: dict[str, Any]) -> None:
+    """Show what happens until `reached`.
+
+    Raises:
+        CommandError: not within timeout_s; the numbers stay wanted.
+    """
+    started = time.monotonic()
+    shown: dict[str, str] = {}
+    news(before, shown)  # what is there already is no news
+    while True:
+        state = cluster_state()
+        elapsed_s = time.monotonic() - started
+        for line in news(state, shown):
+            print(f"[{elapsed_s:5.1f} s] {line}", flush=True)
+        if reached(wanted, state):
+            print("reached: " + ", ".join(f"{count} {pool}" for pool, count in wanted.items()), flush=True)
+            return
+        if elapsed_s > timeout_s:
+            there = {
+                pool: sum(p["role"] == POOLS[pool][0] and p["state"] == "ready" for p in state["processes"])
+                for pool in wanted
+            }
+            raise CommandError(
+                f"not reached after {timeout_s:g} s: "
+                + ", ".join(f"{pool} {there[pool]} of {count}" for pool, count in wanted.items())
+                + "; the cluster goes on trying (see `moeray status`)"
+            )
+        time.sleep(POLL_S)

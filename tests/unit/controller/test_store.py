@@ -1,0 +1,105 @@
+"""Every store keeps one text, gives it back to whoever opens it with the same id, and says when it cannot."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from moeray.controller.store import PASSWORD_VARIABLE, RedisStore, Store, StoreError, open_store
+
+SERVERS = ("redis-server", "valkey-server", "keydb-server")
+WAIT_S = 60.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="module")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    binary = next((found for name in SERVERS if (found := shutil.which(name))), None)
+    if binary is None:
+        pytest.skip(f"RedisStore was NOT tested against a server: none of {', '.join(SERVERS)} is installed")
+    port, folder = free_port(), tmp_path_factory.mktemp("redis")
+    server = subprocess.Popen(
+        [binary, "--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder), "--save", ""],
+        stdout=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + WAIT_S
+    while socket.socket().connect_ex(("127.0.0.1", port)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    yield f"redis://127.0.0.1:{port}/0"
+    server.terminate()
+    server.wait(WAIT_S)
+
+
+@pytest.fixture(scope="module")
+def _ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    ray.init(num_cpus=1, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False,
+             _temp_dir=str(Path("/tmp") / f"moeray-store-{os.getpid()}"))  # fmt: skip
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(params=["ray", "redis"])
+def url(request: pytest.FixtureRequest) -> str:
+    if request.param == "redis":
+        found: str = request.getfixturevalue("redis_url")
+        return found
+    request.getfixturevalue("_ray")
+    return ""
+
+
+def test_the_last_text_is_found_by_the_same_cluster_and_by_no_other(url: str) -> None:
+    store: Store = open_store(url, "one")
+    assert store.load() is None
+    store.save('{"größe": 1}')
+    store.save('{"größe": 2}')
+    assert open_store(url, "one").load() == '{"größe": 2}'
+    assert open_store(url, "other").load() is None
+    store.delete()
+    assert open_store(url, "one").load() is None
+    store.delete()
+
+
+def test_a_redis_that_does_not_answer_is_an_error_of_ours() -> None:
+    store = RedisStore(f"redis://127.0.0.1:{free_port()}/0", "key")
+    for call in (store.load, store.delete, lambda: store.save("x")):
+        with pytest.raises(StoreError, match="redis"):
+            call()
+
+
+def test_the_password_comes_from_the_environment_and_is_in_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A listener stands for the server: what a client says first is its password."""
+    monkeypatch.setenv(PASSWORD_VARIABLE, "s3cret")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        store = RedisStore(f"redis://127.0.0.1:{listener.getsockname()[1]}/0", "key")
+        listener.settimeout(WAIT_S)
+        said: list[bytes] = []
+
+        def listen() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                said.append(connection.recv(4096))
+                listener.close()  # a second try is refused at once
+
+        thread = threading.Thread(target=listen)
+        thread.start()
+        with pytest.raises(StoreError) as error:
+            store.load()
+        thread.join(WAIT_S)
+    assert b"s3cret" in said[0]
+    assert "s3cret" not in str(error.value)
