@@ -1,8 +1,15 @@
-"""The Serve replica of an expert group: loads its slice, serves every shard that dials in, holds no request state."""
+"""The Serve replica of an expert group: holds the experts that generations give it, serves every shard that dials in.
+
+It has no request state and may be killed at any instant: whoever takes its number loads what it held.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
+import sys
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -11,124 +18,143 @@ import ray
 from moeray.config import ClusterConfig
 from moeray.controller.member import ClusterMember
 from moeray.controller.settings import ControllerSettings
+from moeray.expert_group.generations import GenerationFollower, LoadFailed
+from moeray.health import Guard, guard
 from moeray.membership import Role, View
 from moeray.placement.machine import has_core_for_each
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable
 
-    import torch
+    from moeray.deepseek_v4.scrubber import Scrubber
+    from moeray.expert_group.computation import Computation
 
-    from moeray.deepseek_v4 import Checkpoint, RoutedExperts
-    from moeray.deepseek_v4.experts import Progress
-    from moeray.transport import GroupServer, MergedCompute, ModelIdentity
-    from moeray.vllm_hooks.kernel_experts import KernelExperts
+logger = logging.getLogger(__name__)
 
 REPORT_S = 0.5
+LAST_WORDS_S = 5.0
+DRAIN_S = 140.0
+"""So long a group that is to stop waits until no shard needs it; less than Serve leaves it (`moeray.app.DRAIN_S`)."""
 
 
 class ExpertGroup:
-    """Serve deployment. Its constructor returns when the weights are loaded and the port listens.
+    """Serve deployment. Its constructor returns when the port listens; experts come as the generations ask for them.
 
-    Shards dial the port; nothing on the token's way goes through this class. It may be killed at any instant: whoever
-    takes its number next loads the same slice.
+    Shards dial the port; nothing on the token's way goes through this class.
     """
 
     async def __init__(self, config: ClusterConfig, model: str, settings: ControllerSettings) -> None:  # type: ignore[misc]
-        self._stage = "starting"
-        self._experts: RoutedExperts | KernelExperts | None = None
-        self._server: GroupServer | None = None
-        self._merged: MergedCompute | None = None
-        self._address = ""
-        self._num_copies = 0
-        self._may_poll = False
+        self._computation: Computation | None = None
+        self._follower: GenerationFollower | None = None
+        self._following: asyncio.Task[None] | None = None
+        self._guard: Guard | None = None
+        self._scrubber: Scrubber | None = None
+        self._loop = asyncio.get_running_loop()
+        self._may_leave = asyncio.Event()
         self._member = ClusterMember(Role.EXPERT_GROUP, settings)
-        self._group = await self._member.join()
+        await self._member.join()
         self._member.every(REPORT_S, self._report)
+        may_poll = False
         if config.pin_cores and not config.experts.num_gpus:
-            self._may_poll = has_core_for_each(config.num_compute_threads)
+            may_poll = has_core_for_each(config.num_compute_threads)
             await self._member.take_cores(config.experts.num_threads, config.num_threads)
-        identity = await asyncio.to_thread(self._load, config, model, settings)
-        await self._member.identify(asdict(identity))
-        await self._member.ready(self._address)
+        computation = await asyncio.to_thread(_start, config, model, may_poll)
+        self._computation = computation
+        self._follower = GenerationFollower(
+            self._member.id, computation.layers, computation.experts, computation.server, self._member
+        )
+        self._following = asyncio.create_task(self._follow_generations(self._follower))
+        self._guard = guard(config.health.hang_s)
+        self._scrubber = _scrubber(computation, self._on_damage)
+        await self._member.identify(asdict(computation.identity))
+        await self._member.ready(computation.address)
         self._member.follow(self._on_view)
 
     async def check_health(self) -> None:
-        """Serve asks this; a group that answers can serve (a shard finds a hung one by its timeout)."""
+        """Serve asks this; a group that hangs is killed by its guard, one that lies is given up by the controller."""
 
     async def __del__(self) -> None:
+        """Serve stops this replica."""
+        await self._stop()
+
+    async def _stop(self) -> None:
+        """Leave in order: the others take over first, if they can."""
+        if self._computation is not None:
+            await self._member.drain()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._may_leave.wait(), DRAIN_S)
+        if self._following is not None:
+            self._following.cancel()
         await self._member.leave()
-        if self._server is not None:
-            await asyncio.to_thread(self._server.stop)
-
-    def _load(self, config: ClusterConfig, model: str, settings: ControllerSettings) -> ModelIdentity:
-        """Read this group's experts and listen. Blocks; the imports alone take seconds."""
-        on_gpu = config.experts.num_gpus > 0
-        import torch
-
-        from moeray.deepseek_v4 import Checkpoint, RoutedExperts
-        from moeray.deepseek_v4.source import locate
-        from moeray.transport import GroupServer, MergedCompute, ModelIdentity
-
-        torch.set_num_threads(config.experts.num_threads)
-        checkpoint = Checkpoint.open(locate(model))
-        shape = checkpoint.shape
-        placement = settings.placement(generation=0)
-        held = {layer: placement.experts_of_group(self._group, layer) for layer in shape.moe_layers}
-        self._num_copies = len(placement.copies_in_group(self._group, shape.moe_layers[0]))
-        device = torch.device("cuda" if on_gpu else "cpu")
-        self._experts = _load_experts(checkpoint, held, self._on_progress, device)
-        identity = ModelIdentity(
-            fingerprint=checkpoint.fingerprint(), hidden_size=shape.hidden_size, top_k=shape.top_k,
-            num_experts=shape.num_experts, num_layers=shape.num_layers, dtype=shape.dtype,
-        )  # fmt: skip
-        if isinstance(self._experts, RoutedExperts) and self._experts.batch_invariant:
-            self._merged = MergedCompute(self._experts)
-        self._server = GroupServer(
-            self._merged or self._experts, identity, group=self._group, generation=0,
-            host=ray.util.get_node_ip_address(), backend=config.transport.backend, device=str(device),
-            channel=config.transport.channel, may_poll=self._may_poll,
-        )  # fmt: skip
-        self._address = self._server.start()
-        return identity
-
-    def _on_progress(self, bytes_read: int, bytes_total: int) -> None:
-        self._stage = f"loading experts: {bytes_read / 2**20:.0f} of {bytes_total / 2**20:.0f} MiB"
+        if self._computation is not None:
+            await asyncio.to_thread(self._computation.server.stop)
+        for watching in (self._scrubber, self._guard):
+            if watching is not None:
+                await asyncio.to_thread(watching.close)
 
     async def _on_view(self, view: View) -> None:
-        if self._server is not None and self._address in view.group_addresses:
-            self._member.generation = view.generation
-            self._server.set_generation(view.generation)
+        if self._member.id in view.lost:
+            _exit("the controller has given it up")
+        if self._member.id in view.may_leave:
+            self._may_leave.set()
+        assert self._follower is not None
+        self._follower.see(view)
+
+    async def _follow_generations(self, follower: GenerationFollower) -> None:
+        try:
+            await follower.run()
+        except LoadFailed as error:
+            await self._give_up(str(error))
+
+    def _on_damage(self, error: Exception) -> None:
+        """Called by the scrubber, in its thread."""
+        asyncio.run_coroutine_threadsafe(self._give_up(str(error)), self._loop)
+
+    async def _give_up(self, reason: str) -> None:
+        """Tell why, and end: Serve starts another."""
+        with suppress(ray.exceptions.RayError, TimeoutError):
+            await asyncio.wait_for(self._member.lost(reason), LAST_WORDS_S)
+        _exit(reason)
 
     async def _report(self) -> dict[str, Any]:
-        if self._experts is None or not self._address:
-            return {"stage": self._stage}
-        tokens = self._experts.tokens()
-        held = self._experts.held
+        if self._computation is None or self._follower is None:
+            return {"stage": "starting"}
+        experts, merged, parts = self._computation.experts, self._computation.merged, self._follower.parts
+        tokens, held = experts.tokens(), experts.held
+        stage = {"stage": self._follower.stage} if self._follower.stage else {}
         return {
+            **stage,
             "experts": {
-                "kernel": self._experts.kernel,
+                "kernel": experts.kernel,
                 "num_layers": len(held),
-                "num_experts": len(next(iter(held.values()))),
-                "num_copies": self._num_copies,
+                "num_experts": max(map(len, held.values()), default=0),
+                "num_copies": parts[max(parts)].num_copies if parts else 0,
+                "generations": {number: part.position for number, part in parts.items()},
                 "held": held,
-                "bytes": self._experts.bytes_read,
+                "bytes": experts.bytes_read,
                 "routed_tokens": int(tokens.sum()),
-                "calls_per_batch": round(self._merged.calls_per_batch, 2) if self._merged else 1.0,
-                "tokens_per_layer": {layer: tokens[layer].tolist() for layer in held},
+                "calls_per_batch": round(merged.calls_per_batch, 2) if merged else 1.0,
+                "tokens_per_layer": {layer: tokens[layer].tolist() for layer in self._computation.layers},
             },
             **self._member.cores(),
         }
 
 
-def _load_experts(
-    checkpoint: Checkpoint, held: Mapping[int, Sequence[int]], on_progress: Progress, device: torch.device
-) -> RoutedExperts | KernelExperts:
-    """On CPU the values in plain products, on a GPU the stored weights on vLLM's kernels; neither is a fallback."""
-    if device.type == "cpu":
-        from moeray.deepseek_v4 import RoutedExperts
+def _start(config: ClusterConfig, model: str, may_poll: bool) -> Computation:
+    from moeray.expert_group.computation import start_computation  # imports torch: seconds
 
-        return RoutedExperts.load(checkpoint, held, on_progress)
-    from moeray.vllm_hooks.kernel_experts import KernelExperts
+    return start_computation(config, model, host=ray.util.get_node_ip_address(), may_poll=may_poll)
 
-    return KernelExperts.load(checkpoint, held, on_progress, device=device)
+
+def _scrubber(computation: Computation, on_damage: Callable[[Exception], None]) -> Scrubber:
+    from moeray.deepseek_v4.scrubber import Scrubber
+
+    return Scrubber(computation.experts.scrub, on_damage)
+
+
+def _exit(reason: str) -> None:
+    """End this process; Serve starts another."""
+    logger.error("expert group in process %d ends: %s", os.getpid(), reason)
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(1)

@@ -1,0 +1,67 @@
+"""A group's computation and its listener, with nothing loaded yet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from moeray.config import ClusterConfig
+from moeray.deepseek_v4 import Checkpoint, RoutedExperts
+from moeray.deepseek_v4.source import locate
+from moeray.transport import GroupServer, MergedCompute, ModelIdentity
+
+if TYPE_CHECKING:
+    from moeray.vllm_hooks.kernel_experts import KernelExperts
+
+
+@dataclass(frozen=True, slots=True)
+class Computation:
+    """What one group computes with.
+
+    Attributes:
+        layers: that have routed experts.
+        merged: between server and experts, where calls may be computed together.
+        address: "host:port" that `server` listens on.
+    """
+
+    identity: ModelIdentity
+    layers: tuple[int, ...]
+    experts: RoutedExperts | KernelExperts
+    merged: MergedCompute | None
+    server: GroupServer
+    address: str
+
+
+def start_computation(config: ClusterConfig, model: str, *, host: str, may_poll: bool) -> Computation:
+    """Open the checkpoint, and listen on `host`; every shard is refused until generations are served. Blocks.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be served.
+        OSError: nothing can be bound there.
+    """
+    torch.set_num_threads(config.experts.num_threads)
+    checkpoint = Checkpoint.open(locate(model))
+    shape = checkpoint.shape
+    device = torch.device("cuda" if config.experts.num_gpus > 0 else "cpu")
+    experts = _no_experts(checkpoint, device)
+    identity = ModelIdentity(
+        fingerprint=checkpoint.fingerprint(), hidden_size=shape.hidden_size, top_k=shape.top_k,
+        num_experts=shape.num_experts, num_layers=shape.num_layers, dtype=shape.dtype,
+    )  # fmt: skip
+    merged = MergedCompute(experts) if isinstance(experts, RoutedExperts) and experts.batch_invariant else None
+    server = GroupServer(
+        merged or experts, identity, host=host, backend=config.transport.backend, device=str(device),
+        channel=config.transport.channel, may_poll=may_poll,
+    )  # fmt: skip
+    return Computation(identity, tuple(shape.moe_layers), experts, merged, server, server.start())
+
+
+def _no_experts(checkpoint: Checkpoint, device: torch.device) -> RoutedExperts | KernelExperts:
+    """On CPU the values in plain products, on a GPU the stored weights on vLLM's kernels; neither is a fallback."""
+    if device.type == "cpu":
+        return RoutedExperts(checkpoint)
+    from moeray.vllm_hooks.kernel_experts import KernelExperts
+
+    return KernelExperts(checkpoint, device=device)
