@@ -102,7 +102,7 @@ class CheckpointServer:
                 rows_PD[-1:, -1] = torch.nan
             return rows_PD
 
-        return GroupServer(compute, identity_of(checkpoint), group=self.group, generation=self.placement.generation)
+        return GroupServer(compute, identity_of(checkpoint), positions={self.placement.generation: self.group})
 
 
 def identity_of(checkpoint: Checkpoint) -> ModelIdentity:
@@ -143,12 +143,13 @@ class Engine:
         return self.engine.engine_core.engine_core.scheduler
 
     def connect(
-        self, placement: Placement, addresses: list[str], shard: int = 0, micro_batches: MicroBatches = "never"
-    ) -> None:
+        self, placement: Placement, addresses: list[str], shard: int = 0, micro_batches: MicroBatches = "never",
+        wait_s: float = 60.0,
+    ) -> None:  # fmt: skip
         """As the product does it; without addresses the experts are those of this process."""
         settings = ShardSettings(
             backend="gloo" if addresses else "local", checkpoint=self.checkpoint.path, shard=f"s{shard}", number=shard,
-            timeout_s=TIMEOUT_S, micro_batches=micro_batches,
+            timeout_s=TIMEOUT_S, micro_batches=micro_batches, wait_s=wait_s,
         )  # fmt: skip
         self.engine.vllm_config.additional_config[ADDITIONAL_CONFIG_KEY] = settings.to_json()
         self.engine.collective_rpc("moeray_connect", args=(placement.to_json(), addresses))
@@ -258,7 +259,7 @@ def running_engine(checkpoint: Path, micro_batches: MicroBatches = "never") -> I
     try:
         yield engine
     finally:
-        hop.replace(None)
+        hop.close()
         found.engine_core.engine_core.shutdown()
 
 

@@ -19,6 +19,7 @@ import grpc
 
 from moeray.attention_shard import link as wire
 from moeray.attention_shard.spec import Event, ShardSpec, decode_event, encode_spec
+from moeray.config import IngressConfig
 from moeray.ingress.server import IngressServer, IngressSettings
 from moeray.placement import contiguous
 
@@ -57,7 +58,7 @@ class ShardProcess:
         placement = contiguous(
             generation=1, num_layers=shape["num_hidden_layers"], num_experts=shape["n_routed_experts"], num_groups=1
         )
-        self._channel.unary_unary(wire.CONNECT)(wire.encode(wire.Connect(1, placement.to_json(), [])), timeout=60)
+        self._channel.unary_unary(wire.CONNECT)(wire.encode(wire.Connect(1, placement.to_json(), [], [])), timeout=60)
 
     def info(self) -> wire.ShardInfo:
         return wire.decode_shard_info(self._channel.unary_unary(wire.INFO)(wire.encode(wire.Info()), timeout=10))
@@ -75,19 +76,21 @@ class ShardProcess:
 class Ingress:
     """An IngressServer on an event loop in a thread, called from the test's thread."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, limits: IngressConfig | None = None) -> None:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True, name="ingress").start()
         front = {"model": str(model), "model_name": MODEL, "engine_args": {}}
-        self.server = IngressServer(IngressSettings("i0", front, http_port=0, grpc_port=0))
+        settings = IngressSettings("i0", front, http_port=0, grpc_port=0, limits=limits or IngressConfig())
+        self.server = IngressServer(settings)
         self.call(self.server.start())
 
     def call(self, coroutine: Coroutine[Any, Any, T], timeout_s: float = 120) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout_s)
 
     def set_shards(self, *shards: ShardProcess) -> None:
+        """From now on these; requests go on where they run."""
         self.call(self.server.set_shards({shard.spec.shard: shard.address for shard in shards}))
-        until(lambda: sum(s["state"] == "ready" for s in self.server.describe()["shards"].values()) == len(shards))
+        until(lambda: sum(s["state"] == "ready" for s in self.server.describe()["shards"].values()) >= len(shards), 60)
 
     def stop(self) -> None:
         self.call(self.server.stop(2.0))

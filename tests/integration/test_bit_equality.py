@@ -127,7 +127,7 @@ def test_tokens_and_logprobs_are_the_local_oracles_over_real_groups(
             engine.connect(placement, addresses, shard)
             assert_equal(all_outcomes(engine), oracle)
             assert hop.report()["failures"] == 0
-        hop.replace(None)
+        hop.close()
 
 
 @FULL
@@ -171,20 +171,34 @@ def shards(checkpoint: Path) -> Iterator[list[Peer]]:
         peer.end()
 
 
-def test_nan_from_a_group_ends_the_step_with_its_name_and_never_becomes_a_token(
+def test_nan_from_a_group_is_computed_again_by_its_copies(
+    engine: Engine, groups: list[Peer], oracle: dict[str, Outcome]
+) -> None:
+    placement = Topology("2 groups with copies", 2, num_redundant=engine.checkpoint.shape.num_experts).placement(
+        engine.checkpoint, next(_generations)
+    )
+    with serving(groups, engine.checkpoint.path, placement, lies_in_layer=engine.checkpoint.shape.moe_layers[-1]) as at:
+        engine.connect(placement, at, shard=1)
+        name = next(iter(STORIES))
+        assert engine.run(STORIES[name]) == oracle[name]
+        assert list(hop.left_out) == [1] and hop.report()["failures"] == 1
+        hop.close()
+
+
+def test_nan_from_a_group_without_copies_ends_the_step_with_its_name_and_never_becomes_a_token(
     engine: Engine, groups: list[Peer]
 ) -> None:
-    """The last of the engine's tests: an error of the hop ends an engine, here as in the product."""
+    """The last of the engine's tests: an error that no group can mend ends an engine, here as in the product."""
     placement = Topology("2 groups", 2).placement(engine.checkpoint, next(_generations))
     layer = engine.checkpoint.shape.moe_layers[-1]
     with serving(groups, engine.checkpoint.path, placement, lies_in_layer=layer) as addresses:
-        engine.connect(placement, addresses)
+        engine.connect(placement, addresses, wait_s=0.2)
         engine.add(prompt_of(20, seed=1), 4)
         with pytest.raises(
             GroupFailed, match=rf"expert group 1 failed: layer {layer}: experts \[\d+\] gave NaN or Inf"
         ):
             engine.finish()
-        hop.replace(None)
+        hop.close()
 
 
 # ---- what is not equal: another composition of the batch

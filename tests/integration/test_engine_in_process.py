@@ -162,7 +162,7 @@ def shard(checkpoint: Path) -> Iterator[Shard]:
     engram = found.runner.model._engram
     engram.hash = RecordingHash(found, engram.hash)
     yield found
-    hop.replace(None)
+    hop.close()
     found.core.shutdown()
 
 
@@ -363,7 +363,7 @@ class LosesGroup:
 def test_an_error_of_the_hop_ends_the_step_with_its_own_type_and_text(
     shard: Shard, transport: Any, error: type[Exception], text: str
 ) -> None:
-    hop.replace(transport)
+    hop.close() if transport is None else hop._replace(transport)
     request = shard.add(prompt_of(5, seed=9), 2)
     with pytest.raises(error, match=text):
         shard.engine.step()

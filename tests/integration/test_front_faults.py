@@ -1,14 +1,11 @@
-"""A shard that dies, drains or never starts: what clients are told, and what stays alive."""
+"""A shard that dies, hangs, drains or never starts: clients notice nothing, or are told what happened."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
-import threading
-import time
-import urllib.request
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,15 +13,18 @@ from typing import Any
 import grpc
 import psutil
 import pytest
+from answers import CHAT, Answer, Asked
 from front_process import Ingress, ShardProcess, chat, until
 from google.protobuf.json_format import ParseDict
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from moeray.attention_shard.link import KEEPALIVE_S
 from moeray.v1 import inference_pb2 as pb
 from moeray.v1.inference_pb2_grpc import InferenceStub
 
-LONG = chat(max_tokens=3000, ignore_eos=True, stream=True)
+SAME_LOGPROB = 0.1
+QUESTIONS = ("What is an expert group?", "What is moeray?", "What is DSML?", "Explain the --http flag.")
 
 
 @pytest.fixture(scope="module")
@@ -39,94 +39,120 @@ def victims(model: Path) -> Iterator[list[ShardProcess]]:
         shard.stop()
 
 
-class Stream(threading.Thread):
-    """One HTTP stream, read to its end."""
-
-    def __init__(self, ingress: Ingress, body: dict[str, Any]) -> None:
-        super().__init__(daemon=True)
-        self.events: list[dict[str, Any]] = []
-        self._request = urllib.request.Request(
-            f"{ingress.http}/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
-        )
-        self.start()
-
-    def run(self) -> None:
-        with urllib.request.urlopen(self._request, timeout=60) as answer:
-            self.events.extend(json.loads(line[6:]) for line in answer if line.startswith(b"data: {"))
-
-    def end(self) -> dict[str, Any]:
-        self.join(60)
-        assert not self.is_alive()
-        return self.events[-1]
+def long(question: str = QUESTIONS[0], **changes: Any) -> dict[str, Any]:
+    """An answer that goes on for long after what the model was taught to say."""
+    ask = {"messages": [{"role": "user", "content": question}], "max_tokens": 150, "ignore_eos": True, "logprobs": True}
+    return chat(**ask, **changes)
 
 
-def test_a_killed_engine_ends_its_own_streams_with_the_reason_and_no_other(
+def run_on(ingress: Ingress, shard: ShardProcess, *bodies: dict[str, Any], num_tokens: int = 20) -> list[Asked]:
+    """Streams that run on this shard and have had so many tokens."""
+    ingress.set_shards(shard)
+    streams = [Asked(ingress, CHAT, body, stream=True) for body in bodies]
+    pool = ingress.server._pool
+    until(lambda: sum(len(known.token_ids) >= num_tokens for known in [*pool.in_flight.values()]) >= len(bodies), 60)
+    return streams
+
+
+def fault_free(ingress: Ingress, shard: ShardProcess, *bodies: dict[str, Any]) -> list[Answer]:
+    ingress.set_shards(shard)
+    return [stream.end() for stream in [Asked(ingress, CHAT, body, stream=True) for body in bodies]]
+
+
+def test_a_killed_engine_moves_its_streams_and_no_client_notices(
     ingress: Ingress, shared_shard: ShardProcess, victims: list[ShardProcess]
 ) -> None:
     victim = victims[0]
-    ingress.set_shards(shared_shard, victim)
-    streams = [Stream(ingress, chat(max_tokens=300, ignore_eos=True, stream=True)) for _ in range(2)]
-    until(lambda: shared_shard.info().num_running == 1 and victim.info().num_running == 1)
-    engine_pid = victim.info().engine_pid
+    bodies = [long(question) for question in QUESTIONS] + [long(temperature=0.9, seed=5), long(frequency_penalty=1.0)]
+    expected = fault_free(ingress, shared_shard, *bodies)
+    streams = run_on(ingress, victim, *bodies)
+    ingress.set_shards(victim, shared_shard)
 
-    os.kill(engine_pid, signal.SIGKILL)
+    os.kill(victim.info().engine_pid, signal.SIGKILL)
 
-    ends = [stream.end() for stream in streams]
-    (error,) = [event["error"] for event in ends if "error" in event]
-    assert error["code"] == 503 and "attention shard v0 lost" in error["message"] and "SIGKILL" in error["message"]
-    assert [event["choices"][0]["finish_reason"] for event in ends if "error" not in event] == ["length"]
-    assert victim.process.wait(10) == 3
+    for stream, known in zip(streams, expected, strict=True):
+        stream.end().assert_same(known, SAME_LOGPROB)
+    gaps = sorted(max(stream.answer.gaps_s) for stream in streams)
+    print(f"longest gap of each stream: {[round(gap, 3) for gap in gaps]}, median {statistics.median(gaps):.3f} s")
+    assert victim.process.wait(20) == 3
     lost = victim.event()
     assert lost is not None and lost.event == "lost" and "SIGKILL" in lost.text
 
 
-def test_a_killed_shard_process_takes_its_engine_with_it_and_clients_get_unavailable(
+def test_a_shard_that_stands_still_is_left_within_its_keepalive_and_used_again_when_it_moves(
     ingress: Ingress, shared_shard: ShardProcess, victims: list[ShardProcess]
 ) -> None:
     victim = victims[1]
-    ingress.set_shards(victim)
+    (expected,) = fault_free(ingress, shared_shard, long())
+    (stream,) = run_on(ingress, victim, long())
+    ingress.set_shards(victim, shared_shard)
+    processes = [psutil.Process(pid) for pid in (victim.process.pid, victim.info().engine_pid)]
+    for process in processes:
+        process.suspend()
+    try:
+        stream.end().assert_same(expected, SAME_LOGPROB)
+    finally:
+        for process in processes:
+            process.resume()
+    print(f"longest gap {max(stream.answer.gaps_s):.3f} s; keepalive {KEEPALIVE_S} s")
+    until(lambda: len(ingress.server._pool.ready_shards) == 2, 60)
+    until(lambda: victim.info().num_requests == 0, 60)  # what it had is not computed to its end
+    (again,) = run_on(ingress, victim, long())
+    again.end().assert_same(expected, SAME_LOGPROB)
+
+
+def test_a_killed_shard_process_takes_its_engine_with_it_and_its_stream_waits_for_another(
+    ingress: Ingress, shared_shard: ShardProcess, victims: list[ShardProcess]
+) -> None:
+    victim = victims[1]
+    (expected,) = fault_free(ingress, shared_shard, long())
+    (stream,) = run_on(ingress, victim, long())
     engine = psutil.Process(victim.info().engine_pid)
-    stream = Stream(ingress, LONG)
-    until(lambda: victim.info().num_running == 1)
 
     victim.process.kill()
 
-    assert "attention shard v1 lost" in stream.end()["error"]["message"]
     until(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE)
-    started = time.monotonic()
+    until(lambda: not ingress.server._pool.ready_shards)
     status, answer, headers = ingress.post("/v1/chat/completions", chat())
     assert (status, "v1" in answer["error"]["message"], headers["retry-after"]) == (503, True, "1")
     assert ingress.post("/v1/chat/completions", chat(stream=True))[0] == 503
     with grpc.insecure_channel(ingress.grpc) as channel, pytest.raises(grpc.RpcError) as refused:
         InferenceStub(channel).Chat(ParseDict(chat(), pb.ChatRequest()), timeout=10)
-    assert time.monotonic() - started < 3
     assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
     retry = error_details_pb2.RetryInfo()
     rich = rpc_status.from_call(refused.value)
     assert rich is not None and rich.details[0].Unpack(retry) and retry.retry_delay.seconds == 1
     status, health, _ = ingress.get("/health")
     assert status == 503 and health["shards"]["v1"]["state"] == "connecting"
+    assert stream.is_alive() and stream.answer.error is None, "an accepted request waits"
 
     ingress.set_shards(shared_shard)
+
+    stream.end().assert_same(expected, SAME_LOGPROB)
     assert ingress.get("/health")[0] == 200
     assert ingress.post("/v1/chat/completions", chat())[0] == 200
 
 
-def test_sigterm_lets_streams_end_and_sends_new_ones_elsewhere(
+def test_sigterm_lets_streams_end_and_then_hands_over_what_is_left(
     ingress: Ingress, shared_shard: ShardProcess, victims: list[ShardProcess]
 ) -> None:
     victim = victims[2]
-    ingress.set_shards(victim)
-    stream = Stream(ingress, chat(max_tokens=200, ignore_eos=True, stream=True))
-    until(lambda: victim.info().num_running == 1)
+    lasting = long() | {"max_tokens": 400}
+    (expected,) = fault_free(ingress, shared_shard, lasting)
+    short, stream = run_on(ingress, victim, long(), lasting)
     ingress.set_shards(victim, shared_shard)
+    before = ingress.server._pool.continued
 
     victim.process.terminate()
 
     until(lambda: ingress.server.describe()["shards"]["v2"]["state"] != "ready")
     assert ingress.post("/v1/chat/completions", chat())[0] == 200
-    assert stream.end()["choices"][0]["finish_reason"] == "length"
+    assert short.end().choices[0].finish == "length"
+    assert ingress.server._pool.continued == before
+    victim.process.terminate()  # as if its time were over
     assert victim.process.wait(60) == 0
+    stream.end().assert_same(expected, SAME_LOGPROB)
+    assert ingress.server._pool.continued == before + 1
     ingress.set_shards(shared_shard)
 
 

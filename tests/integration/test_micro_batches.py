@@ -37,7 +37,7 @@ def engine() -> Iterator[Engine]:
     with running_engine(checkpoint_path(), "always") as engine:
         engine.connect(placement_of(engine, 1), [], micro_batches="measured")
         yield engine
-        second_hop.replace(None)
+        second_hop.close()
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +82,8 @@ def test_halves_give_the_same_bits_over_processes_and_in_this_one_and_the_tokens
         engine.connect(placement, addresses, micro_batches="always")
         remote = engine.run(STORIES[story])
         assert second_hop.costs.calls > 0, "no step was cut"
-        hop.replace(None)
-        second_hop.replace(None)
+        hop.close()
+        second_hop.close()
     assert remote == local
     assert {name: answer.tokens for name, answer in local.answers.items()} == {
         name: answer.tokens for name, answer in whole[story].answers.items()

@@ -44,7 +44,8 @@ def _field_to_json(field: FieldDescriptor, value: Any) -> Any:
 
 def _one_to_json(value: Any) -> Any:
     if isinstance(value, Struct):
-        return {key: _one_to_json(item) for key, item in value.fields.items()}
+        # A protobuf map has no order of its own: without one, equal tools would be rendered as different prompts.
+        return {key: _one_to_json(value.fields[key]) for key in sorted(value.fields)}
     if isinstance(value, ListValue):
         return [_one_to_json(item) for item in value.values]
     if isinstance(value, Value):

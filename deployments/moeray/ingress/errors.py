@@ -53,7 +53,7 @@ async def abort(
     if code is grpc.StatusCode.INVALID_ARGUMENT or (error.get("param") and code is grpc.StatusCode.NOT_FOUND):
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.get("param") or "", description=message)
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-    if code is grpc.StatusCode.UNAVAILABLE:
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED):
         details.append(error_details_pb2.RetryInfo(retry_delay=Duration(seconds=retry_after_s)))
     status = status_pb2.Status(code=code_pb2.Code.Value(code.name), message=message)
     for detail in details:

@@ -25,20 +25,23 @@ HEALTH_POLL_S = 0.2
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
     ("grpc.max_send_message_length", -1),
-    ("grpc.so_reuseport", 0),  # a second ingress on the same port is an error, not a coin toss
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 )
 
 
-async def start_grpc(openai: OpenAIApp, host: str, port: int) -> tuple[grpc.aio.Server, int, health.aio.HealthServicer]:
+async def start_grpc(
+    openai: OpenAIApp, host: str, port: int, *, shared: bool = False
+) -> tuple[grpc.aio.Server, int, health.aio.HealthServicer]:
     """Serve; NOT_SERVING until `keep_health` says otherwise.
 
+    Args:
+        shared: see `ports.bind`. Without it a second server on the port is an error, not a coin toss.
     Raises:
         PortInUse: ingress.grpc_port.
     """
-    server = grpc.aio.server(options=_OPTIONS)
+    server = grpc.aio.server(options=(*_OPTIONS, ("grpc.so_reuseport", int(shared))))
     add_InferenceServicer_to_server(InferenceService(openai), server)
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)

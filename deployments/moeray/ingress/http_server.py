@@ -10,30 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from moeray.ingress.errors import PortInUse
-
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from moeray.ingress.shard_pool import ShardPool
-
-
-def bind(host: str, port: int, key: str) -> socket.socket:
-    """A listening address, taken now.
-
-    Raises:
-        PortInUse: with the configuration key that sets the port.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(2048)
-    except OSError as error:
-        listener.close()
-        raise PortInUse(key, host, port, error.strerror or str(error)) from error
-    return listener
 
 
 def add_health(app: FastAPI, pool: ShardPool) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 from moeray.config import ClusterConfig
 from moeray.controller.member import ClusterMember
 from moeray.controller.settings import ControllerSettings
 from moeray.deepseek_v4.source import locate
+from moeray.health import guard
 from moeray.ingress.server import IngressServer, IngressSettings
 from moeray.membership import Role, View
 from moeray.vllm_hooks.served_model import describe_model, experts_in
 
 STOP_GRACE_S = 5.0
+LINK_S = 30.0
 
 
 class Ingress:
@@ -32,6 +35,9 @@ class Ingress:
                 host=ingress.host,
                 http_port=ingress.http_port,
                 grpc_port=ingress.grpc_port,
+                shares_ports=ingress.num_replicas > 1,
+                silence_s=config.health.hang_s,
+                limits=ingress,
                 front={
                     "model": str(directory),
                     "model_name": settings.model,
@@ -40,11 +46,11 @@ class Ingress:
                 },
             )
         )
-        await self._server.start()
+        await self._server.start(self._link)
+        self._watched = guard(config.health.hang_s)
         http, grpc = (f"{ingress.host}:{port}" for port in (self._server.http_port, self._server.grpc_port))
         await self._member.report({"endpoints": {"http": f"http://{http}", "grpc": grpc}})
         await self._member.ready(http)
-        self._member.follow(self._on_view)
 
     async def __call__(self) -> dict[str, Any]:
         """What this ingress knows of its shards (Serve wants an ingress deployment to be callable)."""
@@ -56,14 +62,25 @@ class Ingress:
     async def __del__(self) -> None:
         await asyncio.gather(self._member.leave(), self._server.stop(STOP_GRACE_S))
 
+    async def _link(self) -> None:
+        """Find the shards. Beside another ingress this one serves only when it has one, if that does not take for ever:
+        the kernel gives it a share of the new connections from then on.
+        """
+        self._member.follow(self._on_view)
+        deadline = time.monotonic() + LINK_S
+        while self._server.settings.shares_ports and not self._server.is_serving and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+
     async def _on_view(self, view: View) -> None:
-        self._server.hold("" if view.is_complete else _why_incomplete(view))
+        self._server.hold(_why_not(view))
         await self._server.set_shards(view.shards)
 
 
-def _why_incomplete(view: View) -> str:
-    if view.mismatches:
+def _why_not(view: View) -> str:
+    """Why no request can be served, however long it waits; empty if one can.
+
+    A lost expert group is no reason: shards use other copies, or wait for its successor.
+    """
+    if view.mismatches and not (view.generation and view.is_covered):
         return f"not all processes serve the same model: {'; '.join(view.mismatches.values())}"
-    if not view.generation:
-        return "the expert groups are still starting"
-    return f"lost: {', '.join(view.missing)}; generation {view.generation} is incomplete until the group is back"
+    return "" if view.generation else "the expert groups are still starting"

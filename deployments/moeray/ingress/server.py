@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from moeray.config import IngressConfig
+from moeray.ingress.ports import bind
+from moeray.ingress.shard_link import SILENCE_S
 
 if TYPE_CHECKING:
     import grpc
@@ -27,6 +31,9 @@ class IngressSettings:
         name: id of this ingress, in log lines of shards.
         front: keyword arguments of `moeray.vllm_hooks.engine_args.front_engine_args`.
         http_port, grpc_port: 0 takes a free port.
+        shares_ports: other ingresses of this cluster may listen on the same ports of this node.
+        silence_s: a shard that gives no sign of life for so long is lost.
+        limits: the bounds of what is admitted are read from it, nothing else.
     """
 
     name: str
@@ -34,6 +41,9 @@ class IngressSettings:
     host: str = "127.0.0.1"
     http_port: int = 8000
     grpc_port: int = 50051
+    shares_ports: bool = False
+    silence_s: float = SILENCE_S
+    limits: IngressConfig = field(default_factory=IngressConfig)
 
 
 class IngressServer:
@@ -49,20 +59,22 @@ class IngressServer:
         self._grpc: grpc.aio.Server | None = None
         self._health_task: asyncio.Task[None] | None = None
 
-    async def start(self) -> None:
+    async def start(self, before_serving: Callable[[], Awaitable[None]] | None = None) -> None:
         """Bind both ports, build the front, serve. Ready when it returns; without a shard, requests get 503.
 
+        Args:
+            before_serving: awaited when shards can be set and nobody is served yet.
         Raises:
             PortInUse: names the port and its configuration key.
         """
-        from moeray.ingress.http_server import bind
-
         settings = self.settings
         # First of all: a taken port must not cost the seconds that the front takes.
-        http_socket = bind(settings.host, settings.http_port, "ingress.http_port")
-        grpc_socket = bind(settings.host, settings.grpc_port, "ingress.grpc_port")
+        http_socket = bind(settings.host, settings.http_port, "ingress.http_port", shared=settings.shares_ports)
+        grpc_socket = bind(settings.host, settings.grpc_port, "ingress.grpc_port", shared=settings.shares_ports)
         try:
             await self._start_front()
+            if before_serving is not None:
+                await before_serving()
             await self._start_http(http_socket)
             await self._start_grpc(grpc_socket)
         except BaseException:
@@ -71,6 +83,11 @@ class IngressServer:
         finally:
             grpc_socket.close()
         logger.info("ingress %s serves HTTP on %d and gRPC on %d", settings.name, self.http_port, self.grpc_port)
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether a request would find a shard now."""
+        return self._pool is not None and self._pool.is_serving
 
     async def set_shards(self, shards: Mapping[str, str]) -> None:
         """The attention shards that exist now: name -> host:port of the relay."""
@@ -83,9 +100,11 @@ class IngressServer:
         self._pool.hold(reason)
 
     def describe(self) -> dict[str, Any]:
-        """Ports and the pool's view of each shard."""
+        """Ports, the pool's view of each shard, and what is admitted."""
         shards = self._pool.describe() if self._pool is not None else {}
-        return {"name": self.settings.name, "http_port": self.http_port, "grpc_port": self.grpc_port, "shards": shards}
+        admission = self._pool.admission.describe() if self._pool is not None else {}
+        ports = {"http_port": self.http_port, "grpc_port": self.grpc_port}
+        return {"name": self.settings.name, **ports, "shards": shards, "admission": admission}
 
     @property
     def num_requests(self) -> int:
@@ -123,7 +142,7 @@ class IngressServer:
 
             vllm, model = handshake(vllm_config)
             hello = wire.Hello(wire.PROTOCOL_VERSION, vllm, model, f"ingress {self.settings.name}")
-            self._pool = ShardPool(hello)
+            self._pool = ShardPool(hello, self.settings.limits, silence_s=self.settings.silence_s)
             dialect = front_dialect(self.settings.front, engine_args)
             self._front = await build_front(self._pool, engine_args, vllm_config, dialect=dialect)
 
@@ -141,5 +160,7 @@ class IngressServer:
         assert self._front is not None and self._pool is not None
         host, port = reserved.getsockname()[:2]
         reserved.close()
-        self._grpc, self.grpc_port, health = await start_grpc(self._front.openai, host, port)
+        self._grpc, self.grpc_port, health = await start_grpc(
+            self._front.openai, host, port, shared=self.settings.shares_ports
+        )
         self._health_task = asyncio.create_task(keep_health(health, self._pool))

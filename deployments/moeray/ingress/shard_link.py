@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from enum import Enum
 
@@ -16,6 +17,9 @@ from moeray.attention_shard import link as wire
 logger = logging.getLogger(__name__)
 
 FIRST_RETRY_S, LAST_RETRY_S = 0.1, 2.0
+SILENCE_S = 10.0
+"""A shard sends a frame twice a second; one that has sent none for so long is lost, even if its gRPC answers pings."""
+_SILENT = "no sign of life"
 MAX_UNSENT_FRAMES = 10_000
 """Requests and aborts that may wait for a shard that does not read; then its link is cut."""
 
@@ -32,7 +36,8 @@ class ShardLink:
     """Keeps one stream to one shard open, with backoff, until `close`.
 
     `on_frame(link, frame)` gets every frame after the handshake; while it waits, nothing more is read and the shard
-    feels it. `on_lost(link, reason)` is called once for each time a ready link ends.
+    feels it. `on_ready(link)` is called each time it becomes ready, `on_lost(link, reason, died)` each time a ready
+    link ends; `died` unless it had said so before, or only fell silent.
 
     Attributes:
         state, why: where the link stands, and why it is not ready.
@@ -44,12 +49,16 @@ class ShardLink:
         address: str,
         hello: wire.Hello,
         on_frame: Callable[[ShardLink, wire.FromShard], Awaitable[None]],
-        on_lost: Callable[[ShardLink, str], None],
+        on_ready: Callable[[ShardLink], None],
+        on_lost: Callable[[ShardLink, str, bool], None],
+        silence_s: float = SILENCE_S,
     ) -> None:
         self.shard, self.address = shard, address
         self.state = LinkState.CONNECTING
         self.why = "not connected yet"
-        self._hello, self._on_frame, self._on_lost = hello, on_frame, on_lost
+        self._hello, self._on_frame, self._on_ready, self._on_lost = hello, on_frame, on_ready, on_lost
+        self._silence_s = silence_s
+        self._heard_at = 0.0  # inf while a frame is being taken: then it is not the shard that is slow
         self._unsent: asyncio.Queue[wire.ToShard] = asyncio.Queue(MAX_UNSENT_FRAMES)
         self._call: grpc.aio.StreamStreamCall[bytes, bytes] | None = None
         self._cut = ""
@@ -83,16 +92,21 @@ class ShardLink:
         """One stream from hello to its end; True if it was ready in between."""
         self._unsent = asyncio.Queue(MAX_UNSENT_FRAMES)
         call = self._call = channel.stream_stream(wire.LINK)()
-        writer: asyncio.Task[None] | None = None
+        tasks: list[asyncio.Task[None]] = []
         self._cut = ""
         try:
-            await call.write(wire.encode(self._hello))
-            await self._expect_hello(call)
+            async with asyncio.timeout(self._silence_s):
+                await call.write(wire.encode(self._hello))
+                await self._expect_hello(call)
             self.state, self.why = LinkState.READY, ""
             logger.info("linked to attention shard %s at %s", self.shard, self.address)
-            writer = asyncio.create_task(self._write(call))
+            self._heard_at = asyncio.get_running_loop().time()
+            tasks += [asyncio.create_task(self._write(call)), asyncio.create_task(self._watch(call))]
+            self._on_ready(self)
             while (data := await call.read()) is not grpc.aio.EOF:
+                self._heard_at = math.inf
                 await self._take(wire.decode_from_shard(data))
+                self._heard_at = asyncio.get_running_loop().time()
             ended = f"its stream ended: {await call.details() or (await call.code()).name}"
         except grpc.aio.AioRpcError as error:
             ended = error.details() or error.code().name
@@ -100,6 +114,8 @@ class ShardLink:
                 self._refused(ended)
         except msgspec.MsgspecError as error:
             ended = f"a frame could not be read: {error}"
+        except TimeoutError:
+            ended = f"no hello for {self._silence_s:g} s"
         except asyncio.CancelledError:
             if not self._cut or self.state is LinkState.CLOSED:  # cancelled by `close`, not by `send`
                 raise
@@ -109,8 +125,8 @@ class ShardLink:
             ended = f"{type(error).__name__}: {error}"
         finally:
             call.cancel()
-            if writer is not None:
-                writer.cancel()
+            for task in tasks:
+                task.cancel()
         return self._ended(ended)
 
     async def _expect_hello(self, call: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
@@ -132,8 +148,20 @@ class ShardLink:
             while True:
                 await call.write(wire.encode(await self._unsent.get()))
 
+    async def _watch(self, call: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
+        """Cut the link when nothing has come for too long, however alive the other end's kernel is."""
+        loop, period_s = asyncio.get_running_loop(), self._silence_s / 10
+        while True:
+            asked_at = loop.time()
+            await asyncio.sleep(period_s)
+            if loop.time() - asked_at > 2 * period_s:  # it was this process that stood still
+                self._heard_at = max(self._heard_at, loop.time())
+            elif loop.time() - self._heard_at > self._silence_s:
+                self._cut = f"{_SILENT} for {self._silence_s:g} s"
+                call.cancel()
+
     async def _take(self, frame: wire.FromShard) -> None:
-        if isinstance(frame, wire.Draining):
+        if isinstance(frame, wire.Draining) or (isinstance(frame, wire.Failed) and frame.code == wire.ENGINE_DEAD):
             self.state, self.why = LinkState.DRAINING, frame.reason
         await self._on_frame(self, frame)
 
@@ -143,10 +171,11 @@ class ShardLink:
         self.state, self.why = LinkState.REFUSED, why
 
     def _ended(self, why: str) -> bool:
-        was_ready = self.state in (LinkState.READY, LinkState.DRAINING)
+        has_drained = self.state is LinkState.DRAINING
+        was_ready = has_drained or self.state is LinkState.READY
         if self.state is not LinkState.REFUSED:
             self.state, self.why = LinkState.CONNECTING, why
         if was_ready:
             logger.warning("attention shard %s at %s lost: %s", self.shard, self.address, why)
-            self._on_lost(self, why)
+            self._on_lost(self, why, not has_drained and not why.startswith(_SILENT))
         return was_ready

@@ -1,6 +1,7 @@
 """The pool: which shard runs which request, and what happens when a shard goes.
 
-Implements `moeray.vllm_hooks.engine_core.RequestPool`. Single event loop.
+A request whose shard dies, hangs or drains goes on elsewhere, after the tokens that the client has. While no shard
+takes requests it waits for one. Implements `moeray.vllm_hooks.engine_core.RequestPool`. Single event loop.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ import logging
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from moeray.attention_shard import link as wire
-from moeray.ingress.in_flight import InFlight
-from moeray.ingress.shard_link import LinkState, ShardLink
-from moeray.vllm_hooks.engine_core import NoShardReady, RequestFailed, ShardLost
+from moeray.config import IngressConfig
+from moeray.ingress.admission import Admission
+from moeray.ingress.in_flight import MAX_ATTEMPTS, MAX_DEATHS, InFlight
+from moeray.ingress.shard_link import SILENCE_S, LinkState, ShardLink
+from moeray.vllm_hooks.admission import Need, Place
+from moeray.vllm_hooks.engine_core import EndsShards, NoShardReady, RequestFailed, ShardLost
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,24 +29,47 @@ logger = logging.getLogger(__name__)
 
 MAX_UNREAD_STEPS = 1000
 """Engine steps that may wait for the front; above it the links are not read, and the shards hold the rest."""
+WAIT_S = 60.0
+"""How long a request that was accepted waits for a shard."""
+PAUSE_S = 0.5
+"""A linked shard that refuses a request is left alone for so long."""
 
 
 class ShardPool:
     """Spreads requests over the linked shards, least loaded first.
 
+    A request with which shards died again and again, and that got no token from them, is a suspect until it gets one.
+    At most one suspect runs on a shard: the next death shows which request ends shards, and takes no other along.
+
     Attributes:
         in_flight: request id -> InFlight, for every request that has not ended.
+        continued: how often a request went on on another shard.
     """
 
-    def __init__(self, hello: wire.Hello) -> None:
+    def __init__(
+        self,
+        hello: wire.Hello,
+        limits: IngressConfig | None = None,
+        *,
+        wait_s: float = WAIT_S,
+        silence_s: float = SILENCE_S,
+    ) -> None:
+        self.admission = Admission(limits or IngressConfig())
         self.in_flight: dict[str, InFlight] = {}
+        self.continued = 0
         self._hello = hello
+        self._wait_s, self._silence_s = wait_s, silence_s
         self._held = ""
         self._links: dict[str, ShardLink] = {}
         self._load: Counter[str] = Counter()
         self._served: Counter[str] = Counter()
         self._leaving: set[str] = set()
-        self._retiring: asyncio.Task[None] | None = None  # kept, or the loop may drop it
+        self._paused: set[str] = set()
+        self._suspects: dict[str, InFlight] = {}  # by the shard that runs it
+        self._waiting: dict[str, asyncio.TimerHandle] = {}  # by request id, in the order of their loss
+        self._by_wire_id: dict[str, InFlight] = {}
+        self._retiring: set[asyncio.Task[None]] = set()  # kept, or the loop may drop them
+        self._is_closing = False
         self._events: asyncio.Queue[EngineCoreOutputs | RequestFailed] = asyncio.Queue()
         self._encoder = MsgpackEncoder()
         self._decoder = MsgpackDecoder(EngineCoreOutputs)
@@ -58,6 +85,11 @@ class ShardPool:
             shard for shard, link in self._links.items() if link.state is LinkState.READY and shard not in self._leaving
         ]
 
+    @property
+    def num_waiting(self) -> int:
+        """Accepted requests that no shard runs now."""
+        return len(self._waiting)
+
     def describe(self) -> dict[str, dict[str, object]]:
         """Per shard: address, state, why it is not ready, requests of this ingress."""
         return {
@@ -66,7 +98,7 @@ class ShardPool:
         }
 
     def hold(self, reason: str) -> None:
-        """Refuse new requests with this reason until it is empty again."""
+        """Refuse new requests with this reason until it is empty again; those in flight go on."""
         self._held = reason
 
     async def set_shards(self, shards: Mapping[str, str]) -> None:
@@ -78,86 +110,191 @@ class ShardPool:
             if name not in shards and self._load[name]:
                 self._leaving.add(name)
             elif shards.get(name) != link.address:
-                await self._remove(name, "removed from the pool")
+                await self._remove(name)
         for name, address in shards.items():
             self._leaving.discard(name)
             if name not in self._links:
-                self._links[name] = ShardLink(name, address, self._hello, self._take, self._lost)
+                self._links[name] = ShardLink(
+                    name, address, self._hello, self._take, self._ready, self._lost, self._silence_s
+                )
 
     async def close(self) -> None:
+        """What still runs or waits fails."""
+        self._is_closing = True
         for name in list(self._links):
-            await self._remove(name, "the ingress is stopping")
+            await self._remove(name)
+        for known in list(self.in_flight.values()):
+            self._fail(known, NoShardReady("the ingress is stopping"))
 
-    async def _remove(self, shard: str, reason: str) -> None:
+    async def _remove(self, shard: str) -> None:
         self._leaving.discard(shard)
         if (link := self._links.pop(shard, None)) is not None:
             await link.close()
-            self._settle(shard, reason)
+            self._move_all(shard, None)
 
     def check_ready(self) -> None:
         if not self.is_serving:
             raise NoShardReady(self._held or self._why_none())
 
-    async def add(self, request: EngineCoreRequest) -> None:
+    def admit(self, need: Need) -> Place:
         self.check_ready()
-        shard = min(self.ready_shards, key=lambda name: (self._load[name], self._served[name]))
-        self._served[shard] += 1
-        self.in_flight[request.request_id] = InFlight(request, shard)
-        self._load[shard] += 1
-        self._links[shard].send(wire.Add(wire.copied(self._encoder.encode(request))))
+        return self.admission.admit(need, self.ready_shards)
+
+    async def add(self, request: EngineCoreRequest) -> None:
+        known = self.in_flight[request.request_id] = InFlight(request)
+        self._place(known)
 
     async def abort(self, request_ids: list[str]) -> None:
         by_shard: dict[str, list[str]] = {}
         for request_id in request_ids:
-            if (known := self._end(request_id)) is not None:
-                by_shard.setdefault(known.shard, []).append(request_id)
-        for shard, ids in by_shard.items():
+            if (known := self.in_flight.get(request_id)) is not None:
+                by_shard.setdefault(known.shard, []).append(known.wire_id)
+                self._end(known)
+        for shard, wire_ids in by_shard.items():
             if (link := self._links.get(shard)) is not None:
-                link.send(wire.Abort(ids))
+                link.send(wire.Abort(wire_ids))
 
     async def next_event(self) -> EngineCoreOutputs | RequestFailed:
         return await self._events.get()
 
+    # ---- what shards say
+
     async def _take(self, link: ShardLink, frame: wire.FromShard) -> None:
         if isinstance(frame, wire.Outputs):
-            step: EngineCoreOutputs = self._decoder.decode(frame.outputs)
-            for output in step.outputs:
-                if (known := self.in_flight.get(output.request_id)) is not None:
-                    known.record(output)
-                    if output.finish_reason is not None:
-                        self._end(output.request_id)
-            self._events.put_nowait(step)
+            self._pass_on(self._decoder.decode(frame.outputs))
             while self._events.qsize() > MAX_UNREAD_STEPS:
                 await asyncio.sleep(0.005)
+        elif isinstance(frame, wire.Load):
+            self.admission.report(link.shard, frame)
         elif isinstance(frame, wire.Failed):
-            for request_id in frame.request_ids:
-                if (known := self._end(request_id)) is not None:
-                    self._on_shard_lost(known, frame.reason)
+            died = frame.code == wire.ENGINE_DEAD
+            if not died:
+                self._pause(link.shard)
+            for wire_id in frame.request_ids:
+                if (known := self._by_wire_id.get(wire_id)) is not None:
+                    self._move(known, frame.reason if died else None)
 
-    def _lost(self, link: ShardLink, reason: str) -> None:
-        self._settle(link.shard, reason)
+    def _pass_on(self, step: EngineCoreOutputs) -> None:
+        """Give the front what belongs to requests that still run where it comes from, under the names that it knows."""
+        step.outputs = [output for output in step.outputs if self._record(output)]
+        if step.outputs:
+            self._events.put_nowait(step)
 
-    def _settle(self, shard: str, reason: str) -> None:
-        for request_id in [i for i, known in self.in_flight.items() if known.shard == shard]:
-            known = self._end(request_id)
-            assert known is not None
-            self._on_shard_lost(known, reason)
+    def _record(self, output: EngineCoreOutput) -> bool:
+        """Whether the front may see it."""
+        known = self._by_wire_id.get(output.request_id)
+        if known is None:
+            return False
+        if output.finish_reason is FinishReason.ABORT and not output.new_token_ids:
+            self._move(known, None)  # nobody asked for it: what we abort is not known any more
+            return False
+        output.request_id = known.request_id
+        known.record(output)
+        self.admission.answered(known.request.external_req_id)
+        if output.finish_reason is not None:
+            self._end(known)
+        elif self._suspects.get(known.shard) is known:
+            del self._suspects[known.shard]
+            self._place_waiting()
+        return True
 
-    def _on_shard_lost(self, lost: InFlight, reason: str) -> None:
-        """Decide what becomes of a request whose shard is gone: today it fails, with the shard and the reason named.
+    def _ready(self, _: ShardLink) -> None:
+        self._place_waiting()
 
-        The one place for another answer: `lost` holds the rendered prompt and every token the client has.
+    def _lost(self, link: ShardLink, reason: str, died: bool) -> None:
+        self._move_all(link.shard, reason if died else None)
+
+    def _pause(self, shard: str) -> None:
+        self._paused.add(shard)
+
+        def resume() -> None:
+            self._paused.discard(shard)
+            self._place_waiting()
+
+        asyncio.get_running_loop().call_later(PAUSE_S, resume)
+
+    # ---- where requests run
+
+    def _place(self, known: InFlight) -> bool:
+        """Send it to the least loaded shard that may have it; without one it waits. Whether it was sent."""
+        shards = [shard for shard in self.ready_shards if shard not in self._paused]
+        if known.is_suspect:
+            shards = [shard for shard in shards if shard not in self._suspects]
+        if not shards:
+            if known.request_id not in self._waiting:
+                self._waiting[known.request_id] = asyncio.get_running_loop().call_later(
+                    self._wait_s, self._give_up, known
+                )
+            return False
+        shard = min(shards, key=lambda name: (self._load[name], self._served[name]))
+        self._stop_waiting(known)
+        self._served[shard] += 1
+        self._load[shard] += 1
+        if known.is_suspect:
+            self._suspects[shard] = known
+        if known.attempts:
+            self.continued += 1
+            logger.info("%s goes on on %s after %d tokens", known.request_id, shard, len(known.token_ids))
+        request = known.start_on(shard)
+        self._by_wire_id[known.wire_id] = known
+        self._links[shard].send(wire.Add(wire.copied(self._encoder.encode(request))))
+        return True
+
+    def _place_waiting(self) -> None:
+        for request_id in list(self._waiting):
+            self._place(self.in_flight[request_id])
+
+    def _move_all(self, shard: str, end: str | None) -> None:
+        for known in [known for known in self.in_flight.values() if known.shard == shard]:
+            self._move(known, end)
+
+    def _move(self, known: InFlight, end: str | None) -> None:
+        """Its shard runs it no more: go on with it elsewhere.
+
+        Args:
+            end: how the shard died; None if it did not.
         """
-        error = ShardLost(lost.shard, reason)
-        self._events.put_nowait(RequestFailed(lost.request.request_id, error))
+        shard = known.shard
+        self._leave(known, end)
+        if self._is_closing:
+            self._fail(known, NoShardReady("the ingress is stopping"))
+        elif len(known.deaths) >= MAX_DEATHS:
+            self._fail(known, EndsShards(known.deaths))
+        elif known.attempts >= MAX_ATTEMPTS:
+            self._fail(known, ShardLost(shard, f"{end or 'it was not taken'}, as were {MAX_ATTEMPTS - 1} before it"))
+        else:
+            self._place(known)
 
-    def _end(self, request_id: str) -> InFlight | None:
-        known = self.in_flight.pop(request_id, None)
-        if known is not None:
-            self._load[known.shard] -= 1
-            if known.shard in self._leaving and not self._load[known.shard]:
-                self._retiring = asyncio.create_task(self._remove(known.shard, "removed from the pool"))
-        return known
+    def _give_up(self, known: InFlight) -> None:
+        self._fail(known, NoShardReady(f"no shard could go on with this for {self._wait_s:g} s: {self._why_none()}"))
+
+    def _fail(self, known: InFlight, error: Exception) -> None:
+        self._end(known)
+        self._events.put_nowait(RequestFailed(known.request_id, error))
+
+    def _end(self, known: InFlight) -> None:
+        del self.in_flight[known.request_id]
+        self._stop_waiting(known)
+        self._leave(known, None)
+
+    def _leave(self, known: InFlight, end: str | None) -> None:
+        """Take it off its shard, if it has one."""
+        if not (shard := known.shard):
+            return
+        del self._by_wire_id[known.wire_id]
+        known.leave(end)
+        self._load[shard] -= 1
+        if self._suspects.get(shard) is known:
+            del self._suspects[shard]
+            asyncio.get_running_loop().call_soon(self._place_waiting)
+        if shard in self._leaving and not self._load[shard]:
+            task = asyncio.create_task(self._remove(shard))
+            self._retiring.add(task)
+            task.add_done_callback(self._retiring.discard)
+
+    def _stop_waiting(self, known: InFlight) -> None:
+        if (timer := self._waiting.pop(known.request_id, None)) is not None:
+            timer.cancel()
 
     def _why_none(self) -> str:
         if not self._links:

@@ -34,7 +34,8 @@ MAX_MODEL_LEN = 4096
 """Default context. The model's own may be a million tokens, for which the default KV cache has no room."""
 
 # What the front and the shards must agree on, or the front would accept what a shard refuses.
-_COMMON_DEFAULTS: Mapping[str, Any] = {"disable_log_stats": True, "seed": 0}
+# Requests of equal priority are scheduled as they came.
+_COMMON_DEFAULTS: Mapping[str, Any] = {"disable_log_stats": True, "seed": 0, "scheduling_policy": "priority"}
 
 # A step of 512 tokens keeps a decoding request's pause behind somebody's long prompt short; 256 MiB hold about eleven
 # requests of 4096 tokens of the bundled model (vLLM logs the exact number at start).

@@ -45,21 +45,27 @@ class LastWords:
         fields = json.loads(data.splitlines()[-1])
         return Fault(fields["reason"], fields["experts_lost"])
 
-    async def read(self, timeout_s: float = 1.0) -> Fault | None:
-        """Wait a moment: the client hears of the death before the child has written."""
+    async def read(self, has_ended: Callable[[], bool], timeout_s: float = 1.0) -> Fault | None:
+        """Wait a moment: the client hears of the death before the child has written. An ended one says no more."""
         deadline = asyncio.get_running_loop().time() + timeout_s
-        while (fault := self.read_now()) is None and asyncio.get_running_loop().time() < deadline:
+        while asyncio.get_running_loop().time() < deadline:
+            had_ended = has_ended()
+            if (fault := self.read_now()) is not None or had_ended:
+                return fault
             await asyncio.sleep(0.01)
-        return fault
+        return None
 
 
 def watch_engine_child() -> LastWords:
-    """Arrange that the EngineCore forked next dies with this process and leaves its last words.
+    """Arrange that the EngineCore forked next dies with this process, leaves its last words and continues requests.
 
     Call it once, before `make_async_mp_client`, with the fork method.
     """
     from vllm.v1.engine.core import EngineCoreProc
 
+    from moeray.vllm_hooks import continued_requests
+
+    continued_requests.install_in_scheduler()
     read_fd, write_fd = os.pipe()
     EngineCoreProc.run_engine_core = staticmethod(_guarded(EngineCoreProc.run_engine_core, os.getpid(), write_fd))
     return LastWords(read_fd)

@@ -4,14 +4,14 @@
 ingress' shard pool) and feeds back what the pool yields: engine steps, or failures of single requests. A failed request
 gets its typed error through the queue on which its `generate()` waits, so that one lost shard never touches the others.
 
-Touch points: `EngineCoreClient.make_async_mp_client`, `AsyncLLM.check_admission`, `OutputProcessor.request_states` and
-`.abort_requests`.
+Touch points: `EngineCoreClient.make_async_mp_client`, `AsyncLLM.check_admission` and `.generate`,
+`OutputProcessor.request_states` and `.abort_requests`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from types import SimpleNamespace
@@ -23,6 +23,8 @@ from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.output_processor import OutputProcessor
+
+from moeray.vllm_hooks.admission import Need, Place, keep_place, need_of
 
 
 class ShardUnavailable(GracefulHTTPError):
@@ -39,6 +41,17 @@ class ShardUnavailable(GracefulHTTPError):
 
 class NoShardReady(ShardUnavailable):
     """The pool has no shard that takes requests."""
+
+
+class EndsShards(GracefulHTTPError):
+    """Shard after shard died with this request: HTTP 500, gRPC INTERNAL; another try would end another shard."""
+
+    def __init__(self, deaths: Sequence[str]) -> None:
+        super().__init__(
+            f"{len(deaths)} attention shards died one after another while they ran this request; it is not tried again "
+            f"({'; '.join(deaths)})",
+            HTTPStatus.INTERNAL_SERVER_ERROR,
+        )
 
 
 class ShardLost(ShardUnavailable):
@@ -64,8 +77,12 @@ class RequestPool(Protocol):
         """Raises NoShardReady if a request would find no shard now."""
         ...
 
+    def admit(self, need: Need) -> Place:
+        """Raises NoShardReady, Overloaded, or VLLMValidationError if no shard could ever hold it."""
+        ...
+
     async def add(self, request: EngineCoreRequest) -> None:
-        """Start a request. Raises NoShardReady."""
+        """Start a request that was admitted, as soon as there is a shard; how it fails comes with `next_event`."""
         ...
 
     async def abort(self, request_ids: list[str]) -> None:
@@ -91,13 +108,7 @@ class PooledEngineCore(EngineCoreClient):
         self._output_processor = output_processor
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
-        try:
-            await self.pool.add(request)
-        except ShardUnavailable:
-            # AsyncLLM registered the request before it came here, and does not take it back on this error.
-            if self._output_processor is not None:
-                self._output_processor.abort_requests([request.request_id], internal=True)
-            raise
+        await self.pool.add(request)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         await self.pool.abort(request_ids)
@@ -139,6 +150,12 @@ class FrontLLM(AsyncLLM):
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
         self.engine_core.pool.check_ready()
         super().check_admission(n, request_id)
+
+    def generate(  # not `async`: it refuses at once, not at the first step
+        self, prompt: Any, sampling_params: Any, request_id: str, *, priority: int = 0, **more: Any
+    ) -> AsyncGenerator[Any, None]:
+        place = self.engine_core.pool.admit(need_of(request_id, prompt, sampling_params, priority))
+        return keep_place(place, super().generate(prompt, sampling_params, request_id, priority=priority, **more))
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from moeray.vllm_hooks.admission import Overloaded
 from moeray.vllm_hooks.engine_core import FrontLLM, ShardUnavailable
 from moeray.vllm_hooks.request_check import check_request
 
@@ -72,7 +73,8 @@ async def build_openai_app(front: FrontLLM, engine_args: AsyncEngineArgs, *, dia
     arguments = _serve_arguments(engine_args, dialect)
     app = build_app(arguments, TASKS, front.model_config)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in SERVED_PATHS]
-    app.exception_handler(ShardUnavailable)(_unavailable)
+    for error in (ShardUnavailable, Overloaded):
+        app.exception_handler(error)(_try_later)
     app.middleware_stack = None  # vLLM's bootstrap has built it already, without our handler
     # /v1/models shows it as `root`: a path of ours is nobody's business.
     arguments.model = (arguments.served_model_name or [arguments.model])[0]
@@ -114,7 +116,7 @@ def _checked(create: Callable[..., Awaitable[Any]], roles: tuple[str, ...] | Non
     return create_checked
 
 
-async def _unavailable(_: Request, error: ShardUnavailable) -> Any:
+async def _try_later(_: Request, error: ShardUnavailable | Overloaded) -> Any:
     from fastapi.responses import JSONResponse
     from vllm.entrypoints.serve import create_error_response
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -182,6 +183,17 @@ def test_answers_are_carried_whole() -> None:
     for message, data in _answers:
         carried = to_json(type(message).FromString(fill(message, data).SerializeToString()))
         assert _without_zeros(carried) == _without_zeros(data)
+
+
+def test_equal_schemas_become_equal_json_text_whatever_order_a_client_has_sent_them_in() -> None:
+    names = [f"p{number}" for number in range(20)]
+    texts = set()
+    for order in (names, names[::-1]):
+        request = pb.ChatRequest()
+        tool = request.tools.add()
+        tool.function.parameters.update({name: {"type": "string", "title": name} for name in order})
+        texts.add(json.dumps(to_json(pb.ChatRequest.FromString(request.SerializeToString()))))
+    assert len(texts) == 1
 
 
 def test_bytes_of_a_token_may_be_given_as_openais_list() -> None:

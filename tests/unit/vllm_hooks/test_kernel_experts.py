@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +67,52 @@ def test_exactly_the_held_experts_are_read(kernel: KernelExperts, unclamped: Che
     assert kernel.bytes_read == unclamped.bytes_of(names)
     assert kernel.held == HELD
     assert kernel.weight_bytes == kernel.bytes_read
+
+
+def test_experts_come_and_go_beside_others_whose_rows_keep_their_bits(unclamped: Checkpoint) -> None:
+    x_TD, ids_TK = batch(2)
+    kept_TK = torch.where(ids_TK == 11, ids_TK, -1)
+    experts = KernelExperts(unclamped, device=CPU)
+    assert (experts.held, experts.kernel, experts.weight_bytes) == ({}, "", 0)
+    experts.hold({0: (11, 7), 3: (1,)})
+    expected, errors, stop = experts(0, x_TD, kept_TK), [], threading.Event()
+    num_calls = 0
+
+    def hammer() -> None:
+        nonlocal num_calls
+        while not stop.is_set():
+            if not torch.equal(experts(0, x_TD, kept_TK), expected):
+                errors.append(num_calls)
+            num_calls += 1
+
+    thread = threading.Thread(target=hammer)
+    thread.start()
+    try:
+        seen: list[tuple[int, int]] = []
+        experts.hold(HELD, lambda done, total: seen.append((done, total)))
+        assert experts.held == {0: (2, 5, 7, 11), 3: (0, 1, 15)}
+        added = unclamped.bytes_of([*unclamped.expert_names(0, (2, 5)), *unclamped.expert_names(3, (0, 15))])
+        assert seen == [(added * step // 4, added) for step in (1, 2, 3, 4)]
+        assert experts.bytes_read == experts.weight_bytes == added * 7 // 4, "what was held is not read again"
+        exact = RoutedExperts.load(unclamped, HELD, dtype=torch.float32)(0, x_TD.float(), ids_TK)
+        assert (experts(0, x_TD, ids_TK).float() - exact).norm() <= 2e-2 * exact.norm()
+        experts.release({0: (5, 11)})
+        assert experts.held == {0: (5, 11)}
+        assert experts.weight_bytes == added * 2 // 4
+    finally:
+        stop.set()
+        thread.join()
+    assert num_calls and not errors
+    with pytest.raises(ExpertError, match=r"experts \[2\] of layer 0 are not held"):
+        experts(0, x_TD, ids_TK)
+
+
+def test_weights_of_a_layer_that_was_replaced_are_freed(unclamped: Checkpoint) -> None:
+    experts = KernelExperts.load(unclamped, {0: (1,)}, device=CPU)
+    old = weakref.ref(next(iter(experts._layers[0].parameters.values())))
+    experts.hold({0: (2,), 3: (1,)})
+    gc.collect()
+    assert old() is None
 
 
 def test_weights_are_read_into_host_memory_whatever_the_default_device_is(unclamped: Checkpoint) -> None:

@@ -40,12 +40,17 @@ def test_the_reason_is_told_before_the_shutdown() -> None:
     read_fd, write_fd = os.pipe()
     child = fork.Process(target=_guarded(run_engine_core, os.getpid(), write_fd))
     child.start()
-    fault = asyncio.run(LastWords(read_fd).read(timeout_s=10))
+    fault = asyncio.run(LastWords(read_fd).read(lambda: not child.is_alive(), timeout_s=10))
     assert child.is_alive()
     child.kill()
     child.join()
     assert fault is not None
     assert (fault.reason, fault.experts_lost) == ("PeerLost: expert group 1 lost: no answer within 10 s", True)
+
+
+def test_a_child_that_was_killed_is_not_waited_for() -> None:
+    read_fd, _ = os.pipe()
+    assert asyncio.run(LastWords(read_fd).read(lambda: True, timeout_s=1000)) is None
 
 
 def test_an_error_that_ends_one_call_only_is_no_last_word() -> None:

@@ -90,3 +90,19 @@ def test_touch_point_engine_core_is_forked_by_name() -> None:
 
     assert "VLLM_WORKER_MULTIPROC_METHOD" in envs.environment_variables
     assert "run_engine_core" in inspect.getsource(CoreEngineProcManager)
+
+
+def test_touch_point_generate_is_called_before_a_response_begins_and_read_later() -> None:
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    assert inspect.isasyncgenfunction(AsyncLLM.generate)
+    assert parameters(AsyncLLM.generate)[:4] == ["self", "prompt", "sampling_params", "request_id"]
+    assert "priority" in parameters(AsyncLLM.generate)
+    for handler in (OpenAIServingChat, OpenAIServingCompletion):
+        assert "self.engine_client.generate(" in inspect.getsource(handler), "and not inside its stream generator"
+        stream = next(name for name in dir(handler) if name.endswith("completion_stream_generator"))
+        assert "engine_client" not in inspect.getsource(getattr(handler, stream))
+    assert "external_req_id" in EngineCoreRequest.__struct_fields__

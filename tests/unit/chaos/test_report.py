@@ -1,0 +1,77 @@
+"""Whose fault it was, and what counts as one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from chaos.asks import Ask
+from chaos.clients import Outcome
+from chaos.load import what_is_wrong
+from chaos.report import Event, Findings, as_text, attribute, fill, rows
+
+STREAM = Ask("streamed", "http", {"stream": True})
+WHOLE = Ask("whole", "http", {})
+
+
+def event(name: str, began: float, ended: float, *, cuts_clients: bool = False) -> Event:
+    return Event(name, 1, began=began, ended=ended, cuts_clients=cuts_clients, recovered_s=ended - began)
+
+
+def outcome(started: float, ended: float, *times: float, answer: str | None = "right", cuts: int = 0) -> Outcome:
+    return Outcome(STREAM if times else WHOLE, started, ended, list(times), answer, cuts=cuts)
+
+
+def never_wrong(_: Outcome) -> str:
+    return ""
+
+
+def test_a_stall_is_charged_to_every_fault_that_it_meets_and_to_none_otherwise() -> None:
+    one, other = event("a", 10, 12), event("b", 20, 21)
+    done = [outcome(9, 14, 9.5, 13.0, 13.1), outcome(30, 32, 31.5), outcome(1, 40)]
+    failures, quiet_s = attribute([one, other], done, never_wrong)
+    assert (failures, one.stall_s, other.stall_s, quiet_s) == ([], 3.5, 0.0, 1.5)
+
+
+def test_a_failed_request_is_charged_to_the_latest_fault_it_lived_through() -> None:
+    one, other = event("a", 10, 12), event("b", 20, 21)
+    failures, _ = attribute([one, other], [outcome(9, 22, answer=None), outcome(30, 31, answer=None)], never_wrong)
+    assert (one.failed, other.failed, len(failures)) == (0, 1, 2)
+    assert "no fault" in failures[1]
+
+
+def test_a_wrong_answer_fails_the_run() -> None:
+    one = event("a", 10, 12)
+    failures, _ = attribute([one], [outcome(9, 11)], lambda _: "expected x, got y")
+    assert one.wrong == 1 and not Findings(1, [one], 1, failures).is_good
+
+
+def test_a_broken_connection_is_excused_only_where_what_it_led_to_was_killed() -> None:
+    group, ingress = event("kill group", 10, 12), event("kill ingress", 20, 22, cuts_clients=True)
+    failures, _ = attribute([group, ingress], [outcome(9, 11, cuts=1), outcome(19, 21, cuts=2)], never_wrong)
+    assert len(failures) == 1 and (group.failed, group.cut, ingress.failed, ingress.cut) == (1, 1, 0, 2)
+
+
+def test_a_cluster_that_stays_broken_is_no_good_and_a_fault_that_could_not_be_injected_is_shown() -> None:
+    broken, skipped = event("a", 1, 2), Event("b", 1, skipped="no channel")
+    broken.recovered_s = None
+    assert not Findings(1, [broken], 1).is_good and Findings(1, [skipped], 1).is_good
+    text = as_text(rows(Findings(1, [broken, skipped], 1)))
+    assert "never" in text and "not injected: no channel" in text
+
+
+def test_the_document_keeps_its_text_around_the_table(tmp_path: Path) -> None:
+    document = tmp_path / "faults.md"
+    document.write_text("before\n<!-- chaos -->\nold\n<!-- end -->\nafter\n")
+    for _ in range(2):
+        fill(document, Findings(1, [event("kill group", 1, 2)], 7), {"seed": "1"})
+    text = document.read_text()
+    assert text.startswith("before\n<!-- chaos -->\nseed 1. 7 requests.") and text.endswith("<!-- end -->\nafter\n")
+    assert "old" not in text and text.count("| kill group | 1 |") == 1
+
+
+def test_an_answer_is_compared_to_the_byte_and_logprobs_within_a_tolerance() -> None:
+    right = {"whole": Outcome(WHOLE, 0, 1, answer=json.dumps("abc"), logprobs=[-1.0])}
+    assert what_is_wrong(Outcome(WHOLE, 0, 1, answer=json.dumps("abc"), logprobs=[-1.01]), right) == ""
+    assert "off by" in what_is_wrong(Outcome(WHOLE, 0, 1, answer=json.dumps("abc"), logprobs=[-1.5]), right)
+    assert "expected" in what_is_wrong(Outcome(WHOLE, 0, 1, answer=json.dumps("abcc"), logprobs=[-1.0]), right)
