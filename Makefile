@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 # What `make test` runs, in the order of the arguments: the cheapest news first.
-TESTS ?= tests/unit tests/contract tests/correctness tests/integration tests/e2e
+TESTS ?= tests/unit tests/contract tests/correctness tests/integration tests/e2e tests/chaos
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 REPORT_ARGS ?=
+CHAOS_ARGS ?=
 # How uv finds torch's CPU build when it resolves; empty where UV_FIND_LINKS or UV_INDEX already has it.
 UV_TORCH ?= --torch-backend cpu
 
@@ -13,7 +14,7 @@ CODE := cluster model_plugins deployments scripts tests benchmarks
 BIN := $(abspath $(VENV))/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full correctness check lint fmt types imports fast-test bench bench-hop bench-network bench-step tiny-model proto wheel lock clean
+.PHONY: help setup demo test test-full correctness check lint fmt types imports fast-test chaos bench bench-hop bench-network bench-step tiny-model proto wheel lock clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +67,9 @@ bench-network: setup  ## The same between two network namespaces, with delay and
 bench-step: setup  ## One decode step, split and monolithic on the same cores -> benchmarks/results/step.json (ten minutes)
 	$(BIN)/python benchmarks/step.py --json benchmarks/results/step.json $(BENCH_ARGS)
 	$(BIN)/python benchmarks/tables.py
+
+chaos: setup  ## Five minutes of faults in a cluster under load, every answer checked (CHAOS_ARGS="--seed 7 --json FILE")
+	$(BIN)/python tests/chaos/run.py --seconds 300 $(CHAOS_ARGS)
 
 tiny-model: setup  ## Make, train and evaluate the bundled model from scratch in build/moeray-tiny (an hour on one core)
 	$(BIN)/python -m moeray.tiny.train --out build/moeray-tiny

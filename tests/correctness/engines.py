@@ -73,7 +73,7 @@ def in_process_engine(checkpoint: Path, *, num_groups: int = 2, **engine_args: A
         engine.collective_rpc("moeray_connect", args=(placement.to_json(), []))
         yield found
     finally:
-        hop.replace(None)
+        hop.close()
         engine.engine_core.engine_core.shutdown()
         # A failed test's traceback keeps `found`. An engine that is collected only after the next one has started takes
         # down the process groups that vLLM keeps per process, the next engine's.

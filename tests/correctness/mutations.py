@@ -241,8 +241,8 @@ MUTATIONS = (
     ),
     # --- placement, packing, generations
     Mutation(
-        "every layer uses the first layer's expert map", "cluster/moeray/transport/all_to_all.py",
-        "placement.group_of_expert(layer, shard) for layer", "placement.group_of_expert(0, shard) for layer",
+        "every layer uses the first layer's expert map", "cluster/moeray/transport/owners.py",
+        "placement.group_of_expert(layer, shard, absent)", "placement.group_of_expert(0, shard, absent)",
         "tests/contract/test_transport.py::test_every_link_gives_the_oracles_bits_for_every_placement",
     ),
     Mutation(
@@ -267,8 +267,18 @@ MUTATIONS = (
     ),
     Mutation(
         "a stale generation is accepted", "cluster/moeray/transport/session.py",
-        "if header.generation != generation:", "if False:",
+        "if generation not in (served := self._generations()):", "if not (served := self._generations()):",
         "tests/contract/test_transport.py::test_a_group_of_a_newer_generation_refuses_calls_and_shards_of_the_old",
+    ),
+    Mutation(
+        "experts of a lost group are still looked for there", "cluster/moeray/transport/owners.py",
+        "absent = frozenset(range(placement.num_groups)) - set(groups)", "absent: frozenset[int] = frozenset()",
+        "tests/contract/test_failover.py::test_a_killed_groups_copies_give_the_same_bits",
+    ),
+    Mutation(
+        "a failed layer call goes to the same groups again", "model_plugins/moeray/vllm_hooks/hop.py",
+        "route.absent | frozenset(self._bad), in_a_hurry=True", "route.absent, in_a_hurry=True",
+        "tests/unit/vllm_hooks/test_hop.py::test_a_lost_groups_copies_are_asked_at_once",
     ),
     Mutation(
         "ends of different models agree", "cluster/moeray/transport/handshake.py",

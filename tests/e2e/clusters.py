@@ -14,7 +14,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,10 +52,12 @@ class Cluster:
     def grpc(self) -> str:
         return self.endpoints["grpc"]
 
-    def moeray(self, *arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-        """Run one command as a user would."""
+    def moeray(
+        self, *arguments: str, timeout_s: float = 120, prefix: Sequence[str] = ()
+    ) -> subprocess.CompletedProcess[str]:
+        """Run one command as a user would, started by `prefix` if there is one."""
         return subprocess.run(
-            [sys.executable, "-m", "moeray.cli", *arguments],
+            [*prefix, sys.executable, "-m", "moeray.cli", *arguments],
             env=self.env, capture_output=True, text=True, timeout=timeout_s, check=False,
         )  # fmt: skip
 
@@ -126,8 +128,10 @@ def wrong_answers(running: Cluster, golden: list[dict[str, Any]], model: str = "
 
 
 @contextlib.contextmanager
-def cluster(config: dict[str, Any] | None = None, *, env: dict[str, str] | None = None) -> Iterator[Cluster]:
-    """A cluster of this configuration, ready; stopped afterwards whatever happened."""
+def cluster(
+    config: dict[str, Any] | None = None, *, env: dict[str, str] | None = None, up_prefix: Sequence[str] = ()
+) -> Iterator[Cluster]:
+    """A cluster of this configuration, ready; stopped afterwards whatever happened. `up_prefix` starts `moeray up`."""
     http, grpc = free_ports(2)
     config = dict(config or {})
     config["ingress"] = {"http_port": http, "grpc_port": grpc} | config.get("ingress", {})
@@ -136,7 +140,9 @@ def cluster(config: dict[str, Any] | None = None, *, env: dict[str, str] | None 
         file.write_text(yaml.safe_dump(config))
         running = Cluster(env={**os.environ, "MOERAY_STATE_DIR": folder, **(env or {})})
         started = time.monotonic()
-        up = running.moeray("up", "-f", str(file), "--detach", "--timeout", str(UP_S), timeout_s=UP_S + 30)
+        up = running.moeray(
+            "up", "-f", str(file), "--detach", "--timeout", str(UP_S), timeout_s=UP_S + 30, prefix=up_prefix
+        )
         running.up_seconds, running.up_output = time.monotonic() - started, up.stdout
         try:
             assert up.returncode == 0, f"{up.stdout}\n{up.stderr}"

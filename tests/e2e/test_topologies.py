@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import grpc
 import psutil
 import pytest
-from clusters import Cluster, answer_text, cluster, free_ports, golden_request
+from clusters import Cluster, answer_text, cluster, golden_request
+from ray_nodes import ray_nodes
 
 from moeray.attention_shard import link as wire
 from moeray.tiny import checkpoint_path
@@ -104,40 +97,8 @@ def shard_info(address: str) -> wire.ShardInfo:
         return wire.decode_shard_info(channel.unary_unary(wire.INFO)(wire.encode(wire.Info(tensors=True)), timeout=30))
 
 
-@contextlib.contextmanager
-def ray_nodes() -> Iterator[str]:
-    """A head (attention, ingress) and a worker (experts) on this machine, by `ray start` twice; yields the address."""
-    (port,) = free_ports(1)
-    folder = tempfile.mkdtemp(prefix="moeray-ray-", dir="/tmp")  # Ray's socket paths must stay below 108 characters
-    env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
-    ray = [str(Path(sys.executable).with_name("ray")), "start", "--disable-usage-stats", "--num-cpus=4",
-           "--object-store-memory=100000000"]  # fmt: skip
-    before = {process.pid for process in psutil.process_iter()}
-    try:
-        head = ["--head", "--node-ip-address=127.0.0.2", f"--port={port}", "--include-dashboard=false",
-                "--labels=pool=attention", f"--temp-dir={folder}"]  # fmt: skip
-        worker = [f"--address=127.0.0.2:{port}", "--node-ip-address=127.0.0.3", "--labels=pool=experts"]
-        for node in (head, worker):
-            subprocess.run([*ray, *node], env=env, check=True, capture_output=True, timeout=120)
-        yield f"127.0.0.2:{port}"
-    finally:
-        ours = [p for p in psutil.process_iter() if p.pid not in before and folder in " ".join(_command(p))]
-        for process in ours:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        psutil.wait_procs(ours, timeout=20)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _command(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
-
-
 def test_two_ray_nodes_with_labels_split_shards_from_groups(reference: list[str], golden: list[dict[str, Any]]) -> None:
-    with ray_nodes() as address, cluster(env={"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"}) as running:
+    with ray_nodes("experts") as address, cluster(env={"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"}) as running:
         shards = {process["node"] for process in running.processes("attention_shard")}
         groups = {process["node"] for process in running.processes("expert_group")}
         assert len(shards) == len(groups) == 1

@@ -122,12 +122,19 @@ class IngressConfig:
 
     Attributes:
         host: address that both ports bind; loopback unless said otherwise, because this version has no authentication.
+        max_queued_kv: work may wait that would fill the shards' KV caches so many times, beside what fills them now;
+            more is refused (429, RESOURCE_EXHAUSTED).
+        max_wait_s: a request that would wait longer for its first token, as far as has been measured, is refused.
+        max_requests: requests that one ingress has in hand at once; more are refused.
     """
 
     http_port: Port = 8000
     grpc_port: Port = 50051
     num_replicas: Count = 1
     host: str = "127.0.0.1"
+    max_queued_kv: Share = 16.0
+    max_wait_s: Seconds = 120.0
+    max_requests: Count = 4096
     num_cpus: Share = 0.1
     label_selector: Labels | None = None
 

@@ -1,0 +1,175 @@
+"""One request as a client makes it, and what came back when: text, usage, chunk times, errors."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import grpc
+from google.protobuf.json_format import ParseDict
+
+from chaos.asks import Ask
+from moeray.ingress.convert import to_json
+from moeray.v1 import inference_pb2 as pb
+from moeray.v1.inference_pb2_grpc import InferenceStub
+
+TIMEOUT_S = 240.0
+"""Of one request; more than `experts.wait_s`, which may pass when experts have no copy left."""
+_DETAILS = "grpc-status-details-bin"
+"""Carried by every error that the service itself gives, and by none that gRPC makes of a broken connection."""
+
+
+class Refused(Exception):
+    """The server answered with an error."""
+
+
+class Cut(Exception):
+    """The connection broke or was not accepted."""
+
+
+@dataclass
+class Outcome:
+    """What one client saw.
+
+    Attributes:
+        ask: what it asked.
+        started, ended: monotonic seconds.
+        times: when each chunk came (streams), or the answer.
+        answer: canonical content, to be compared as it is; None if there is none.
+        logprobs: every log-probability in order; compared with a tolerance.
+        failure: what the server said, or what broke.
+        cut: the connection broke, and the protocol has no way to go on: a client may ask again.
+        cuts: how often that happened before this outcome.
+    """
+
+    ask: Ask
+    started: float
+    ended: float = 0.0
+    times: list[float] = field(default_factory=list)
+    answer: str | None = None
+    logprobs: list[float] = field(default_factory=list)
+    failure: str = ""
+    cut: bool = False
+    cuts: int = 0
+
+    def gaps(self) -> Iterator[tuple[float, float]]:
+        """(from, to) of every wait between what a reader of the stream sees, the one for the first chunk included."""
+        before = self.started
+        for each in self.times if self.ask.is_stream else ():
+            yield before, each
+            before = each
+
+
+def perform(ask: Ask, endpoints: dict[str, str]) -> Outcome:
+    """Ask once."""
+    outcome = Outcome(ask, time.monotonic())
+    chunks = _http(ask, endpoints["http"]) if ask.protocol == "http" else _grpc(ask, endpoints["grpc"])
+    collected = _Answer()
+    try:
+        for chunk in chunks:
+            outcome.times.append(time.monotonic())
+            collected.add(chunk)
+            if ask.abort_after is not None and len(outcome.times) >= ask.abort_after:
+                break
+        outcome.answer, outcome.logprobs = collected.canonical(), collected.logprobs
+    except Refused as error:
+        outcome.failure = str(error)
+    except Cut as error:
+        outcome.failure, outcome.cut = str(error), True
+    finally:
+        chunks.close()  # type: ignore[attr-defined]
+        outcome.ended = time.monotonic()
+    return outcome
+
+
+class _Answer:
+    """Chunks or a whole answer, as one comparable text."""
+
+    def __init__(self) -> None:
+        self.logprobs: list[float] = []
+        self._choices: dict[int, dict[str, Any]] = {}
+        self._usage: Any = None
+
+    def add(self, data: dict[str, Any]) -> None:
+        if data.get("usage"):
+            self._usage = {key: int(data["usage"].get(key) or 0) for key in ("prompt_tokens", "completion_tokens")}
+        for choice in data.get("choices") or ():
+            into = self._choices.setdefault(
+                int(choice.get("index") or 0),
+                {"content": "", "reasoning": "", "calls": {}, "finish": None, "tokens": []},
+            )
+            part = choice.get("delta") or choice.get("message") or {}
+            into["content"] += part.get("content") or ""
+            into["reasoning"] += part.get("reasoning") or ""
+            for number, call in enumerate(part.get("tool_calls") or ()):
+                known = into["calls"].setdefault(int(call.get("index") or number), ["", ""])
+                function = call.get("function") or {}
+                known[0] += function.get("name") or ""
+                known[1] += function.get("arguments") or ""
+            if choice.get("finish_reason"):
+                into["finish"] = choice["finish_reason"]
+            for token in (choice.get("logprobs") or {}).get("content") or ():
+                into["tokens"].append(token["token"])
+                self.logprobs.append(float(token["logprob"]))
+
+    def canonical(self) -> str:
+        return json.dumps([sorted(self._choices.items()), self._usage], ensure_ascii=False)
+
+
+def _http(ask: Ask, base: str) -> Iterator[dict[str, Any]]:
+    where = urlsplit(base)
+    connection = http.client.HTTPConnection(where.hostname or "", where.port, timeout=TIMEOUT_S)
+    try:
+        connection.request(
+            "POST",
+            "/v1/chat/completions",
+            json.dumps(ask.body),
+            {"content-type": "application/json", "connection": "close"},
+        )
+        answer = connection.getresponse()
+        if answer.status != 200:
+            raise Refused(f"HTTP {answer.status}: {answer.read(2000).decode(errors='replace')}")
+        if not ask.is_stream:
+            yield json.loads(answer.read())
+            return
+        finished = False
+        for line in answer:
+            if line.startswith(b"data: {"):
+                data = json.loads(line[6:])
+                if "error" in data:
+                    raise Refused(f"error event: {data['error']}")
+                yield data
+            finished = finished or line.startswith(b"data: [DONE]")
+        if not finished:
+            raise Cut("the stream ended without [DONE]")
+    except (OSError, http.client.HTTPException) as error:
+        raise Cut(f"{type(error).__name__}: {error}") from error
+    finally:
+        connection.close()
+
+
+def _grpc(ask: Ask, address: str) -> Iterator[dict[str, Any]]:
+    body = {key: value for key, value in ask.body.items() if key != "stream"}
+    body.pop("stream_options", None) if not ask.is_stream else None
+    options = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0))
+    with grpc.insecure_channel(address, options=options) as channel:
+        stub, request = InferenceStub(channel), ParseDict(body, pb.ChatRequest())
+        try:
+            if ask.is_stream:
+                call = stub.ChatStream(request, timeout=TIMEOUT_S)
+                try:
+                    for chunk in call:
+                        yield to_json(chunk)
+                finally:
+                    call.cancel()
+            else:
+                yield to_json(stub.Chat(request, timeout=TIMEOUT_S))
+        except grpc.RpcError as error:
+            answered = any(key == _DETAILS for key, _ in error.trailing_metadata() or ())
+            broken = error.code() is grpc.StatusCode.UNAVAILABLE and not answered
+            raise (Cut if broken else Refused)(f"gRPC {error.code().name}: {error.details()}") from error

@@ -1,0 +1,254 @@
+"""Every fault that can be injected: on real processes, chosen by a seed, undone by itself where it can be.
+
+A fault takes the context, does its harm and returns what it did. It may block as long as the harm lasts.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clusters import Cluster
+
+from chaos import sockets, weights
+from chaos.watching import Counts, Watcher
+
+PAUSE_S = 2.0
+SLOW_S, SLOW_SHARE = 8.0, 100
+FULL_S = 5.0
+SCALE_S = 240.0
+
+
+class CannotInject(Exception):
+    """This machine or cluster gives no way to do it; the run says so."""
+
+
+@dataclass
+class Context:
+    """What faults work on.
+
+    Attributes:
+        whole: the numbers of processes that make the cluster whole now; scaling changes them.
+        shm: the cluster's own /dev/shm as this process reaches it; None where it has none of its own.
+    """
+
+    cluster: Cluster
+    watcher: Watcher
+    rng: random.Random
+    checkpoint: Path
+    whole: Counts
+    shm: Path | None = None
+
+    def one(self, role: str) -> dict[str, Any]:
+        found = self.watcher.processes(role)
+        if not found:
+            raise CannotInject(f"no {role} is ready")
+        return self.rng.choice(found)
+
+
+@dataclass(frozen=True)
+class Harm:
+    """What was done.
+
+    Attributes:
+        what: in words, with pids.
+        cuts_clients: connections of clients are lost with it, which no protocol can go on with.
+        beyond_repair: pids of which the cluster must be rid before it is whole.
+    """
+
+    what: str
+    cuts_clients: bool = False
+    beyond_repair: frozenset[int] = frozenset()
+
+
+Fault = Callable[[Context], Harm]
+
+
+def _signal(number: signal.Signals, role: str, key: str = "pid") -> Fault:
+    def inject(context: Context) -> Harm:
+        victim = context.one(role)
+        os.kill(victim[key], number)
+        what = f"{number.name} {role} {victim['id']} {key} {victim[key]}"
+        return Harm(what, role == "ingress", frozenset({victim[key]}))
+
+    return inject
+
+
+def _pause(role: str, key: str) -> Fault:
+    """Stopped for PAUSE_S; whether it was replaced meanwhile is the cluster's decision."""
+
+    def inject(context: Context) -> Harm:
+        victim = context.one(role)
+        os.kill(victim[key], signal.SIGSTOP)
+        time.sleep(PAUSE_S)
+        with suppress(ProcessLookupError):
+            os.kill(victim[key], signal.SIGCONT)
+        return Harm(f"paused {role} {victim['id']} {key} {victim[key]} for {PAUSE_S:g} s")
+
+    return inject
+
+
+def slow_group(context: Context) -> Harm:
+    """Runs a hundredth of the time for SLOW_S."""
+    pid, ends = context.one("expert_group")["pid"], time.monotonic() + SLOW_S
+    with suppress(ProcessLookupError):
+        while time.monotonic() < ends:
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(0.002 * (SLOW_SHARE - 1))
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(0.002)
+    return Harm(f"expert group pid {pid} at 1/{SLOW_SHARE} of its speed for {SLOW_S:g} s")
+
+
+def cut_channel(context: Context) -> Harm:
+    """One shard's socket to one group, which rings and tells of deaths."""
+    shard = context.one("attention_shard")["engine_pid"]
+    found = sockets.doorbells(shard)
+    if not found:
+        raise CannotInject(f"EngineCore {shard} has no channel")
+    descriptor = context.rng.choice(found)
+    sockets.cut(shard, descriptor)
+    return Harm(f"cut channel socket {descriptor} of EngineCore pid {shard}")
+
+
+def cut_group_connection(context: Context) -> Harm:
+    """One shard's TCP connection to one group."""
+    shard, group = context.one("attention_shard")["engine_pid"], context.one("expert_group")["pid"]
+    found = sockets.connections_to(shard, group)
+    if not found:
+        raise CannotInject(f"EngineCore {shard} has no TCP connection to expert group {group}")
+    sockets.cut(shard, found[0])
+    return Harm(f"cut TCP connection {found[0]} of EngineCore pid {shard} to expert group pid {group}")
+
+
+def _link(harm: Callable[[int, int], None], word: str, both_ends: bool) -> Fault:
+    def inject(context: Context) -> Harm:
+        ingress, shard = context.one("ingress")["pid"], context.one("attention_shard")["shard_pid"]
+        ends = sockets.connections_between(ingress, shard)
+        if not ends:
+            raise CannotInject(f"ingress {ingress} has no connection to shard process {shard}")
+        for pid, descriptor in ends if both_ends else ends[:1]:
+            harm(pid, descriptor)
+        return Harm(f"{word} link of ingress pid {ingress} to shard process pid {shard}")
+
+    return inject
+
+
+def garbage_group(context: Context) -> Harm:
+    """Random bytes over a part of a group's weights."""
+    group = context.one("expert_group")
+    held: Mapping[Any, Any] = group["experts"]["held"]
+    found = weights.spoil(group["pid"], context.checkpoint, held, context.rng)
+    if not found:
+        raise CannotInject(f"no weight was found in the memory of expert group {group['pid']}")
+    return Harm(f"{found} matrices of expert group pid {group['pid']} overwritten", False, frozenset({group["pid"]}))
+
+
+def full_shm(context: Context) -> Harm:
+    """The cluster's own /dev/shm has no byte left for FULL_S."""
+    if context.shm is None:
+        raise CannotInject("the cluster shares /dev/shm with everybody: no mount namespace of its own here")
+    file = context.shm / "chaos-fill"
+    written = 0
+    try:
+        with file.open("wb", buffering=0) as sink, suppress(OSError):
+            while True:
+                written += sink.write(bytes(1 << 20))
+        time.sleep(FULL_S)
+    finally:
+        file.unlink(missing_ok=True)
+    return Harm(f"/dev/shm full ({written >> 20} MiB) for {FULL_S:g} s")
+
+
+def _scale(role: str, key: str, by: int) -> Fault:
+    def inject(context: Context) -> Harm:
+        count = getattr(context.whole, key) + by
+        done = context.cluster.moeray("scale", f"{role}={count}", timeout_s=SCALE_S)
+        if done.returncode:
+            raise CannotInject(f"moeray scale {role}={count}: {done.stderr.strip()[-300:]}")
+        context.whole = Counts(**(vars(context.whole) | {key: count}))
+        return Harm(f"moeray scale {role}={count}")
+
+    return inject
+
+
+def _together(*faults: Fault) -> Fault:
+    def inject(context: Context) -> Harm:
+        done = [fault(context) for fault in faults]
+        return Harm(
+            " + ".join(each.what for each in done),
+            any(each.cuts_clients for each in done),
+            frozenset().union(*(each.beyond_repair for each in done)),
+        )
+
+    return inject
+
+
+_KILL, _STOP = signal.SIGKILL, signal.SIGSTOP
+
+FAULTS: Mapping[str, Fault] = {
+    "kill group": _signal(_KILL, "expert_group"),
+    "kill shard process": _signal(_KILL, "attention_shard", "shard_pid"),
+    "kill engine": _signal(_KILL, "attention_shard", "engine_pid"),
+    "kill shard replica": _signal(_KILL, "attention_shard"),
+    "kill ingress": _signal(_KILL, "ingress"),
+    "kill controller": _signal(_KILL, "controller"),
+    "stop group": _signal(_STOP, "expert_group"),
+    "stop shard process": _signal(_STOP, "attention_shard", "shard_pid"),
+    "stop engine": _signal(_STOP, "attention_shard", "engine_pid"),
+    "pause group": _pause("expert_group", "pid"),
+    "pause shard process": _pause("attention_shard", "shard_pid"),
+    "pause engine": _pause("attention_shard", "engine_pid"),
+    "slow group": slow_group,
+    "cut channel": cut_channel,
+    "cut group connection": cut_group_connection,
+    "cut link": _link(sockets.cut, "cut", both_ends=False),
+    "half-open link": _link(sockets.deafen, "deafened", both_ends=True),
+    "garbage from group": garbage_group,
+    "full /dev/shm": full_shm,
+    "more groups": _scale("experts", "groups", +1),
+    "fewer groups": _scale("experts", "groups", -1),
+    "more shards": _scale("attention", "shards", +1),
+    "fewer shards": _scale("attention", "shards", -1),
+    "kill group and engine": _together(_signal(_KILL, "expert_group"), _signal(_KILL, "attention_shard", "engine_pid")),
+    "kill group and controller": _together(_signal(_KILL, "controller"), _signal(_KILL, "expert_group")),
+    "kill two groups": _together(_signal(_KILL, "expert_group"), _signal(_KILL, "expert_group")),
+}
+"""By name. In a schedule, `more` comes before `fewer` of its kind."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One entry of a schedule: the fault's name, the seed of its choices, and the quiet before it."""
+
+    name: str
+    seed: int
+    pause_s: float
+
+
+@dataclass
+class Schedule:
+    """The same faults in the same order for the same seed."""
+
+    seed: int
+    names: list[str] = field(default_factory=lambda: list(FAULTS))
+
+    def __iter__(self) -> Any:
+        """Without end: every fault once, in random order, then every one again."""
+        rng = random.Random(self.seed)
+        while True:
+            order = rng.sample(self.names, len(self.names))
+            for less in (each for each in self.names if each.startswith("fewer ")):
+                more = "more " + less.removeprefix("fewer ")
+                if more in order and order.index(more) > order.index(less):
+                    one, other = order.index(more), order.index(less)
+                    order[one], order[other] = less, more
+            for name in order:
+                yield Planned(name, rng.randrange(2**31), round(rng.uniform(0.5, 2.5), 3))

@@ -1,0 +1,149 @@
+"""What a run found: one line per kind of fault, as text, as markdown for docs/faults.md, and as JSON for a replay."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+from chaos.clients import Outcome
+
+COLUMNS = (
+    "fault", "count", "noticed after", "longest stall", "failed", "wrong", "connections cut", "whole again after",
+)  # fmt: skip
+NO_FAULT = "(none)"
+BLOCK = re.compile(r"(<!-- chaos -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+@dataclass
+class Event:
+    """One injected fault and what it did; times in seconds, of the monotonic clock or since the injection.
+
+    Attributes:
+        noticed_s: until the cluster's account showed a sign of it; None if it never did.
+        recovered_s: until the cluster was whole again; None if it was not in time.
+        stall_s: longest gap in a client's stream that began or ended while the fault lasted.
+    """
+
+    name: str
+    seed: int
+    what: str = ""
+    began: float = 0.0
+    injected: float = 0.0
+    ended: float = 0.0
+    cuts_clients: bool = False
+    skipped: str = ""
+    noticed_s: float | None = None
+    recovered_s: float | None = None
+    stall_s: float = 0.0
+    failed: int = 0
+    wrong: int = 0
+    cut: int = 0
+
+
+@dataclass
+class Findings:
+    """A whole run."""
+
+    seed: int
+    events: list[Event]
+    num_requests: int
+    failures: list[str] = field(default_factory=list)
+    quiet_stall_s: float = 0.0
+
+    @property
+    def is_good(self) -> bool:
+        """Nothing failed or was wrong, and the cluster became whole after every fault."""
+        return not self.failures and all(each.skipped or each.recovered_s is not None for each in self.events)
+
+
+def attribute(
+    events: Sequence[Event], outcomes: Iterable[Outcome], wrong: Callable[[Outcome], str]
+) -> tuple[list[str], float]:
+    """Charge every outcome to the latest fault that began before it ended, and every stall to the faults it meets.
+
+    A broken connection counts as a failure unless the fault killed what the client was connected to.
+
+    Returns:
+        What failed or was wrong, in words; and the longest gap that met no fault.
+    """
+    failures, quiet_stall_s = [], 0.0
+    done = [each for each in events if not each.skipped]
+    for outcome in outcomes:
+        met = [each for each in done if each.began <= outcome.ended and each.ended >= outcome.started]
+        for begin, end in outcome.gaps():
+            hit = [each for each in done if each.began <= end and each.ended >= begin]
+            for each in hit:
+                each.stall_s = max(each.stall_s, end - begin)
+            if not hit:
+                quiet_stall_s = max(quiet_stall_s, end - begin)
+        blamed = met[-1] if met else None
+        excused = any(each.cuts_clients for each in done if each.began <= outcome.ended)
+        if blamed is not None:
+            blamed.cut += outcome.cuts
+        if outcome.answer is None or (outcome.cuts and not excused):
+            failures.append(
+                f"failed: {outcome.ask.name}, during {_name(blamed)}: {outcome.failure or 'connection cut'}"
+            )
+            if blamed is not None:
+                blamed.failed += 1
+        elif text := wrong(outcome):
+            failures.append(f"wrong: {outcome.ask.name}, during {_name(blamed)}: {text}")
+            if blamed is not None:
+                blamed.wrong += 1
+    return failures, quiet_stall_s
+
+
+def _name(event: Event | None) -> str:
+    return f"{event.name} ({event.what})" if event is not None else "no fault"
+
+
+def rows(findings: Findings) -> list[tuple[str, ...]]:
+    """One per kind of fault; medians, with the worst in brackets where there were several."""
+    by_name: dict[str, list[Event]] = {}
+    for event in findings.events:
+        by_name.setdefault(event.name, []).append(event)
+    table = [COLUMNS]
+    for name, events in sorted(by_name.items()):
+        done = [each for each in events if not each.skipped]
+        if not done:
+            table.append((name, "0", f"not injected: {events[0].skipped}", *[""] * (len(COLUMNS) - 3)))
+            continue
+        table.append((
+            name, str(len(done)),
+            _seconds([each.noticed_s for each in done]), _seconds([each.stall_s for each in done]),
+            str(sum(each.failed for each in done)), str(sum(each.wrong for each in done)),
+            str(sum(each.cut for each in done)), _seconds([each.recovered_s for each in done], missing="never"),
+        ))  # fmt: skip
+    table.append((NO_FAULT, "", "", _seconds([findings.quiet_stall_s]), "", "", "", ""))
+    return table
+
+
+def _seconds(values: Sequence[float | None], missing: str = "-") -> str:
+    known = [each for each in values if each is not None]
+    if not known:
+        return missing
+    text = f"{median(known):.2f} s" + (f" ({max(known):.2f})" if len(known) > 1 else "")
+    return text if len(known) == len(values) else f"{text}, {len(values) - len(known)} x {missing}"
+
+
+def as_text(table: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+    )
+
+
+def as_markdown(table: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in table]
+    return "\n".join([lines[0], "|" + " --- |" * len(table[0]), *lines[1:]])
+
+
+def fill(document: Path, findings: Findings, facts: Mapping[str, str]) -> None:
+    """Put the table between the markers of docs/faults.md."""
+    source = "; ".join(f"{key} {value}" for key, value in facts.items())
+    body = f"{source}. {findings.num_requests} requests.\n\n{as_markdown(rows(findings))}"
+    text = document.read_text(encoding="utf-8")
+    document.write_text(BLOCK.sub(lambda match: f"{match[1]}{body}\n{match[2]}", text), encoding="utf-8")

@@ -1,0 +1,76 @@
+"""Run a schedule of faults against a cluster of its own, print what clients saw, end with 1 if anything was not right.
+
+    python tests/chaos/run.py --seconds 300 --seed 7 --json chaos.json
+    python tests/chaos/run.py --seconds 600 --only "kill group" --only "stop group"
+
+The same seed gives the same faults in the same order on the same kinds of victims. --document fills docs/faults.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+MAX_TOLD, MAX_CHARS = 25, 600
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "e2e")]
+
+
+def main() -> int:
+    from chaos.faults import FAULTS, Schedule
+    from chaos.harness import WHOLE, Plan, run
+    from chaos.report import as_text, fill, rows
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=300, help="inject faults for so long (default 300)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--clients", type=int, default=6, metavar="N", help="requests at a time (default 6)")
+    parser.add_argument("--ingresses", type=int, default=WHOLE.ingresses, metavar="N")
+    parser.add_argument("--only", action="append", choices=[*FAULTS], help="this fault, may be given several times")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
+    parser.add_argument("--document", action="store_true", help="put the table into docs/faults.md")
+    options = parser.parse_args()
+
+    started = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - started:6.1f} s] {text}", flush=True)
+
+    schedule = Schedule(options.seed, options.only or list(FAULTS))
+    whole = replace(WHOLE, ingresses=options.ingresses)
+    findings = run(Plan(options.seconds, options.seed, schedule, options.clients, whole=whole), say)
+    facts = {
+        "machine": f"{os.cpu_count()} cores of {platform.machine()}",
+        "commit": _commit(),
+        "seed": str(options.seed),
+    }
+    print("\n" + as_text(rows(findings)) + "\n")
+    for failure in findings.failures[:MAX_TOLD]:
+        print(failure[:MAX_CHARS])
+    if (more := len(findings.failures) - MAX_TOLD) > 0:
+        print(f"... and {more} more")
+    num_faults = sum(not event.skipped for event in findings.events)
+    print(f"{findings.num_requests} requests through {num_faults} faults: {len(findings.failures)} failed or wrong")
+    if options.json:
+        options.json.write_text(json.dumps({**facts, "arguments": sys.argv[1:], **asdict(findings)}, indent=1))
+    if options.document:
+        fill(ROOT / "docs" / "faults.md", findings, facts)
+    return 0 if findings.is_good else 1
+
+
+def _commit() -> str:
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    return done.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""The cluster's own account of itself, asked ten times a second on the connection that `moeray status` uses."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from moeray.cli.connection import cluster_state
+from moeray.cli.errors import CommandError
+
+PERIOD_S = 0.1
+ASK_S = 5.0
+READY = "ready"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many ready processes make the cluster whole."""
+
+    shards: int
+    groups: int
+    ingresses: int
+
+
+class Watcher(threading.Thread):
+    """Keeps the latest state; needs an open `ray_connection`."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True, name="watcher")
+        self.state: dict[str, Any] = {}
+        self._ended = threading.Event()
+        self._listeners: list[Callable[[float, dict[str, Any]], None]] = []
+
+    def run(self) -> None:
+        while not self._ended.wait(PERIOD_S):
+            with suppress(CommandError):
+                state = cluster_state(ASK_S)
+                now = time.monotonic()
+                self.state = state
+                for listener in list(self._listeners):
+                    listener(now, state)
+
+    def stop(self) -> None:
+        self._ended.set()
+        self.join(2 * ASK_S)
+
+    def listen(self, listener: Callable[[float, dict[str, Any]], None]) -> Callable[[], None]:
+        """Call it with every new state until the returned function is called."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    def processes(self, role: str) -> list[dict[str, Any]]:
+        """Ready ones, by index."""
+        return ready(self.state, role)
+
+    def wait(self, condition: Callable[[dict[str, Any]], bool], timeout_s: float) -> bool:
+        """Whether it came to hold, for a state newer than this call."""
+        held = threading.Event()
+        forget = self.listen(lambda _, state: held.set() if condition(state) else None)
+        try:
+            return held.wait(timeout_s)
+        finally:
+            forget()
+
+
+def ready(state: dict[str, Any], role: str) -> list[dict[str, Any]]:
+    found = [each for each in state.get("processes", ()) if each["role"] == role and each["state"] == READY]
+    return sorted(found, key=lambda each: (each.get("index", 0), each["id"]))
+
+
+def is_whole(state: dict[str, Any], counts: Counts, gone: Collection[int] = ()) -> bool:
+    """Every process there and ready, none of the pids `gone` among them, one generation in force, none on its way."""
+    pids = {each.get(key) for each in state["processes"] for key in ("pid", "shard_pid", "engine_pid")}
+    numbers = [len(ready(state, role)) for role in ("attention_shard", "expert_group", "ingress")]
+    return (
+        not pids & set(gone)
+        and numbers == [counts.shards, counts.groups, counts.ingresses]
+        and bool(state["is_complete"])
+        and not state.get("proposed")
+        and state.get("oldest_generation", state["generation"]) == state["generation"]
+    )
+
+
+def signs(state: dict[str, Any]) -> dict[str, Any]:
+    """What changes when the cluster has noticed a fault: who is ready under which pid, the generation, detours."""
+    return {
+        "ready": sorted(
+            (each["role"], each["id"], each["pid"], each.get("shard_pid"), each.get("engine_pid"))
+            for each in state.get("processes", ())
+            if each["state"] == READY
+        ),
+        "generation": state.get("generation"),
+        "detours": sum(int((each.get("hop") or {}).get("failures") or 0) for each in state.get("processes", ())),
+    }
