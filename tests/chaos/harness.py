@@ -138,7 +138,8 @@ def summary(state: dict[str, Any]) -> str:
     members = [
         f"{p['role']} {p.get('index', '')} {p['state']} {p.get('reason', '')}" for p in state.get("processes", ())
     ]
-    return f"generation {state.get('generation')}: {'; '.join(each.strip() for each in members)}"
+    of_it = ", ".join(f"{key} {state.get(key)}" for key in ("is_complete", "oldest_generation", "proposed"))
+    return f"generation {state.get('generation')} ({of_it}): {'; '.join(each.strip() for each in members)}"
 
 
 @contextlib.contextmanager
