@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from clusters import golden_request
@@ -23,12 +23,14 @@ class Ask:
         protocol: http or grpc.
         body: OpenAI's JSON, `stream` included.
         abort_after: chunks after which the client goes away; None reads to the end.
+        flows: a stream whose every token is text at once, so that a gap in it is a stall and nothing else.
     """
 
     name: str
     protocol: str
     body: dict[str, Any] = field(hash=False)
     abort_after: int | None = None
+    flows: bool = False
 
     @property
     def is_stream(self) -> bool:
@@ -58,7 +60,7 @@ def catalogue(golden: list[dict[str, Any]], seed: int) -> list[Ask]:
     grammar = _both_ways("grammar", single[5] | {"structured_outputs": {"choice": [_ONLY_TEXT]}})
     asks += [ask for ask in grammar if ask.protocol == "http"]  # gRPC has JSON schemas, with spaces as the model likes
     for number in range(2):
-        asks += _both_ways(f"long {number}", _long(number))
+        asks += [replace(ask, flows=ask.is_stream) for ask in _both_ways(f"long {number}", _long(number))]
     cut = _long(2) | {"stream": True}
     asks += [Ask(f"aborted by {protocol}", protocol, cut, abort_after=5) for protocol in ("http", "grpc")]
     return asks

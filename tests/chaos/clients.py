@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -58,11 +59,8 @@ class Outcome:
     cuts: int = 0
 
     def gaps(self) -> Iterator[tuple[float, float]]:
-        """(from, to) of every wait between what a reader of the stream sees, the one for the first chunk included."""
-        before = self.started
-        for each in self.times if self.ask.is_stream else ():
-            yield before, each
-            before = each
+        """(from, to) of every wait between two pieces of a stream that flows."""
+        return pairwise(self.times) if self.ask.flows else iter(())
 
 
 def perform(ask: Ask, endpoints: dict[str, str]) -> Outcome:

@@ -18,16 +18,24 @@ RETRY_FOR_S = 60.0
 
 
 class Load:
-    """`num_clients` threads, each with its own order of the asks, from `start` to `stop`."""
+    """`num_clients` threads, each with its own order of the asks, from `start` to `stop`.
+
+    Beside them one thread per protocol asks for streams that flow and nothing else: stalls are seen in these.
+    """
 
     def __init__(self, asks: Sequence[Ask], endpoints: dict[str, str], num_clients: int, seed: int) -> None:
         self.outcomes: list[Outcome] = []
-        self._asks, self._endpoints = asks, endpoints
+        self._endpoints = endpoints
         self._ended = threading.Event()
         self._threads = [
-            threading.Thread(target=self._run, args=(random.Random(f"{seed}/{number}"),), name=f"client {number}")
+            threading.Thread(target=self._run, args=(random.Random(f"{seed}/{number}"), asks), name=f"client {number}")
             for number in range(num_clients)
         ]
+        for protocol in ("http", "grpc"):
+            flowing = [ask for ask in asks if ask.flows and ask.protocol == protocol]
+            if flowing:
+                rng = random.Random(f"{seed}/{protocol}")
+                self._threads.append(threading.Thread(target=self._run, args=(rng, flowing), name=f"stream {protocol}"))
 
     def start(self) -> None:
         for thread in self._threads:
@@ -39,9 +47,9 @@ class Load:
         for thread in self._threads:
             thread.join()
 
-    def _run(self, rng: random.Random) -> None:
+    def _run(self, rng: random.Random, asks: Sequence[Ask]) -> None:
         while not self._ended.is_set():
-            for ask in rng.sample(self._asks, len(self._asks)):
+            for ask in rng.sample(asks, len(asks)):
                 if self._ended.is_set():
                     return
                 self.outcomes.append(outcome := ask_until_answered(ask, self._endpoints))

@@ -14,6 +14,8 @@ COLUMNS = (
     "fault", "count", "noticed after", "longest stall", "failed", "wrong", "connections cut", "whole again after",
 )  # fmt: skip
 NO_FAULT = "(none)"
+STALL_S = 8.0
+"""Later gaps are not the fault's but its repair's: processes that start take the cores of those that serve."""
 BLOCK = re.compile(r"(<!-- chaos -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -24,7 +26,7 @@ class Event:
     Attributes:
         noticed_s: until the cluster's account showed a sign of it; None if it never did.
         recovered_s: until the cluster was whole again; None if it was not in time.
-        stall_s: longest gap in a client's stream that began or ended while the fault lasted.
+        stall_s: longest gap in a stream that flows, of those that meet the first STALL_S after the injection.
     """
 
     name: str
@@ -74,10 +76,10 @@ def attribute(
     for outcome in outcomes:
         met = [each for each in done if each.began <= outcome.ended and each.ended >= outcome.started]
         for begin, end in outcome.gaps():
-            hit = [each for each in done if each.began <= end and each.ended >= begin]
+            hit = [each for each in done if each.injected <= end and each.injected + STALL_S >= begin]
             for each in hit:
                 each.stall_s = max(each.stall_s, end - begin)
-            if not hit:
+            if not any(each.began <= end and each.ended >= begin for each in done):
                 quiet_stall_s = max(quiet_stall_s, end - begin)
         blamed = met[-1] if met else None
         excused = any(each.cuts_clients for each in done if each.began <= outcome.ended)

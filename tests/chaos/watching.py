@@ -74,7 +74,8 @@ def ready(state: dict[str, Any], role: str) -> list[dict[str, Any]]:
 
 def is_whole(state: dict[str, Any], counts: Counts, gone: Collection[int] = ()) -> bool:
     """Every process there and ready, none of the pids `gone` among them, one generation in force, none on its way."""
-    pids = {each.get(key) for each in state["processes"] for key in ("pid", "shard_pid", "engine_pid")}
+    there = [each for each in state["processes"] if each["state"] != "lost"]
+    pids = {each.get(key) for each in there for key in ("pid", "shard_pid", "engine_pid")}
     numbers = [len(ready(state, role)) for role in ("attention_shard", "expert_group", "ingress")]
     return (
         not pids & set(gone)
