@@ -10,12 +10,14 @@ from chaos.clients import Outcome
 from chaos.load import what_is_wrong
 from chaos.report import Event, Findings, as_text, attribute, fill, rows
 
-STREAM = Ask("streamed", "http", {"stream": True})
+STREAM = Ask("streamed", "http", {"stream": True}, flows=True)
 WHOLE = Ask("whole", "http", {})
 
 
 def event(name: str, began: float, ended: float, *, cuts_clients: bool = False) -> Event:
-    return Event(name, 1, began=began, ended=ended, cuts_clients=cuts_clients, recovered_s=ended - began)
+    return Event(
+        name, 1, began=began, injected=began, ended=ended, cuts_clients=cuts_clients, recovered_s=ended - began
+    )
 
 
 def outcome(started: float, ended: float, *times: float, answer: str | None = "right", cuts: int = 0) -> Outcome:
@@ -28,9 +30,9 @@ def never_wrong(_: Outcome) -> str:
 
 def test_a_stall_is_charged_to_every_fault_that_it_meets_and_to_none_otherwise() -> None:
     one, other = event("a", 10, 12), event("b", 20, 21)
-    done = [outcome(9, 14, 9.5, 13.0, 13.1), outcome(30, 32, 31.5), outcome(1, 40)]
+    done = [outcome(9, 14, 9.5, 13.0, 13.1), outcome(30, 32, 30.5, 31.5), outcome(1, 40)]
     failures, quiet_s = attribute([one, other], done, never_wrong)
-    assert (failures, one.stall_s, other.stall_s, quiet_s) == ([], 3.5, 0.0, 1.5)
+    assert (failures, one.stall_s, other.stall_s, quiet_s) == ([], 3.5, 0.0, 1.0)
 
 
 def test_a_failed_request_is_charged_to_the_latest_fault_it_lived_through() -> None:
