@@ -95,6 +95,22 @@ def test_scaling_up_and_down_under_load_changes_no_answer_and_restarts_nobody(
         assert all(each.result() > 0 for each in asking)
 
 
+@pytest.mark.parametrize("pool", ["experts", "attention"])
+def test_restarting_a_pool_under_load_replaces_each_process_and_changes_no_answer(
+    victim: Cluster, undisturbed: str, pool: str
+) -> None:
+    role = {"experts": "expert_group", "attention": "attention_shard"}[pool]
+    before = {process["id"] for process in victim.processes(role)}
+    with ThreadPoolExecutor(1) as one:
+        restarting = one.submit(victim.moeray, "restart", pool, timeout_s=280)
+        while not restarting.done():
+            assert text_of(victim) == undisturbed
+    done = restarting.result()
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = {process["id"] for process in victim.processes(role)}
+    assert len(after) == len(before) and not before & after
+
+
 def test_an_idle_loss_of_a_group_costs_no_engine(victim: Cluster) -> None:
     generation = victim.status()["generation"]
     engines = [shard["engine_pid"] for shard in victim.processes("attention_shard")]

@@ -103,6 +103,7 @@ class ClusterState:
             proposed_groups=proposal.groups if proposal else (),
             oldest=self.oldest,
             lost=frozenset(m.id for m in self.members.values() if m.role is Role.EXPERT_GROUP and m.given_up),
+            draining=frozenset(m.id for m in self.members.values() if m.state is MemberState.DRAINING),
             may_leave=self.may_leave(),
             shards={
                 member.id: member.address

@@ -23,6 +23,7 @@ class View:
         proposed_groups: its groups' ids, in its group order.
         oldest: no living shard uses a generation before this one; equal to `generation` once all have adopted that.
         lost: expert groups that were given up and may still run: who finds itself here ends.
+        draining: members that take nothing new and are to go, by themselves or because they were told to.
         may_leave: draining expert groups that no living shard needs any more.
         shards: ready attention shards, id -> relay address.
         mismatches: id -> how a member's model differs from the others'; such a member takes no part.
@@ -40,6 +41,7 @@ class View:
     proposed_groups: tuple[str, ...]
     oldest: int
     lost: frozenset[str]
+    draining: frozenset[str]
     may_leave: frozenset[str]
     shards: Mapping[str, str]
     mismatches: Mapping[str, str]

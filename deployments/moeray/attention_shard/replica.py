@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ class AttentionShard:
         self._weights = _summary(tensors)
         self._reaper = asyncio.create_task(self._reap(self._child))
         await self._member.identify(tensors["identity"])
-        self._member.follow(self._on_view)
+        self._member.follow(self._on_view, self._go)
 
     async def check_health(self) -> None:
         """Serve asks this every second; an error makes it replace the replica.
@@ -73,7 +74,16 @@ class AttentionShard:
             raise RuntimeError(self._lost)
 
     async def __del__(self) -> None:
-        """Serve stops this replica: its requests end here or go on at another shard."""
+        """Serve stops this replica."""
+        await self._stop()
+
+    async def _go(self) -> None:
+        """This process is told to end, although its number is wanted: Serve starts another."""
+        await self._stop()
+        os._exit(0)
+
+    async def _stop(self) -> None:
+        """Leave in order: requests end here within the drain time or go on at another shard."""
         if self._moving is not None:
             self._moving.cancel()
         await self._member.drain()

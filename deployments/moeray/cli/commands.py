@@ -18,6 +18,7 @@ examples:
   moeray chat "What is an expert group?"   ask it over gRPC; --http for the OpenAI API
   moeray status --json                     processes, endpoints, routed tokens
   moeray scale experts=4 attention=3       other numbers of processes, while it serves
+  moeray restart experts                   new processes for one pool, one after the other
   moeray down                              stop what `up` started
   moeray inspect DIRECTORY --groups 8      what a checkpoint holds, and what each of 8 expert groups would read
   RAY_ADDRESS=host:6379 moeray up          on a Ray cluster that is there already
@@ -59,6 +60,10 @@ def _run(options: argparse.Namespace) -> int:
         from moeray.cli.scale import scale
 
         return scale(options.counts, timeout_s=options.timeout)
+    if options.command == "restart":
+        from moeray.cli.restart import restart
+
+        return restart(options.pool, timeout_s=options.timeout)
     if options.command == "chat":
         from moeray.cli.chat import chat
 
@@ -113,6 +118,17 @@ def _parser() -> argparse.ArgumentParser:
     scale.add_argument("counts", nargs="+", metavar="POOL=N", help="experts=N, attention=N or both")
     scale.add_argument(
         "--timeout", type=float, default=600.0, metavar="S", help="stop waiting after S seconds (default 600)"
+    )
+
+    restart = commands.add_parser(
+        "restart", help="replace one pool's processes, one after the other",
+        description="Drain, end and replace each process of one pool in turn while the cluster serves; no request is "
+        "lost. The new ones run what is installed by then.",
+        epilog="example: moeray restart experts",
+    )  # fmt: skip
+    restart.add_argument("pool", choices=("experts", "attention", "ingress"))
+    restart.add_argument(
+        "--timeout", type=float, default=600.0, metavar="S", help="for each process; stop after S seconds (default 600)"
     )
 
     chat = commands.add_parser("chat", help="ask one question and stream the answer",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from moeray.cli.connection import cluster_state, ray_connection
@@ -166,6 +166,22 @@ def _wait(wanted: Mapping[str, int], timeout_s: float, before: dict[str, Any]) -
     Raises:
         CommandError: not within timeout_s; the numbers stay wanted.
     """
+    last = watch(lambda state: reached(wanted, state), timeout_s, before)
+    if reached(wanted, last):
+        print("reached: " + ", ".join(f"{count} {pool}" for pool, count in wanted.items()), flush=True)
+        return
+    there = {
+        pool: sum(p["role"] == POOLS[pool][0] and p["state"] == "ready" for p in last["processes"]) for pool in wanted
+    }
+    raise CommandError(
+        f"not reached after {timeout_s:g} s: "
+        + ", ".join(f"{pool} {there[pool]} of {count}" for pool, count in wanted.items())
+        + "; the cluster goes on trying (see `moeray status`)"
+    )
+
+
+def watch(done: Callable[[dict[str, Any]], bool], timeout_s: float, before: dict[str, Any]) -> dict[str, Any]:
+    """Show what happens until it is done or time is up; the last state."""
     started = time.monotonic()
     shown: dict[str, str] = {}
     news(before, shown)  # what is there already is no news
@@ -174,17 +190,6 @@ def _wait(wanted: Mapping[str, int], timeout_s: float, before: dict[str, Any]) -
         elapsed_s = time.monotonic() - started
         for line in news(state, shown):
             print(f"[{elapsed_s:5.1f} s] {line}", flush=True)
-        if reached(wanted, state):
-            print("reached: " + ", ".join(f"{count} {pool}" for pool, count in wanted.items()), flush=True)
-            return
-        if elapsed_s > timeout_s:
-            there = {
-                pool: sum(p["role"] == POOLS[pool][0] and p["state"] == "ready" for p in state["processes"])
-                for pool in wanted
-            }
-            raise CommandError(
-                f"not reached after {timeout_s:g} s: "
-                + ", ".join(f"{pool} {there[pool]} of {count}" for pool, count in wanted.items())
-                + "; the cluster goes on trying (see `moeray status`)"
-            )
+        if done(state) or elapsed_s > timeout_s:
+            return state
         time.sleep(POLL_S)

@@ -42,6 +42,7 @@ class ClusterMember:
         self._prepared = 0
         self._heard = 0
         self._is_draining = False
+        self._going: asyncio.Task[None] | None = None
         self.generation = 0  # the newest one it is part of (an expert group) or has adopted (a shard)
         self.id = serve.get_replica_context().replica_id.unique_id
         self.index: int | None = None
@@ -138,9 +139,13 @@ class ClusterMember:
         self._is_draining = True
         await self._say(self._controller.drain)
 
-    def follow(self, on_view: Callable[[View], Awaitable[None]]) -> None:
-        """Call `on_view` with every new view until `leave`; an error in it is logged and a newer view awaited."""
-        self._tasks.append(asyncio.create_task(self._follow(on_view)))
+    def follow(self, on_view: Callable[[View], Awaitable[None]], on_told_to_go: Callable[[], Awaitable[None]]) -> None:
+        """Call `on_view` with every new view until `leave`; an error in it is logged and a newer view awaited.
+
+        Args:
+            on_told_to_go: called once, beside the views, when this process is to go (`moeray restart`).
+        """
+        self._tasks.append(asyncio.create_task(self._follow(on_view, on_told_to_go)))
 
     def every(self, period_s: float, publish: Callable[[], Awaitable[dict[str, Any]]]) -> None:
         """Report what `publish` gives every `period_s`, if it changed."""
@@ -209,7 +214,9 @@ class ClusterMember:
         if self._is_draining:
             await self.drain()
 
-    async def _follow(self, on_view: Callable[[View], Awaitable[None]]) -> None:
+    async def _follow(
+        self, on_view: Callable[[View], Awaitable[None]], on_told_to_go: Callable[[], Awaitable[None]]
+    ) -> None:
         seen = (0, -1)  # which life of the controller, and its version
         generation, is_group = 0, self._role is Role.EXPERT_GROUP
         while True:
@@ -221,6 +228,9 @@ class ClusterMember:
                 if (view.epoch, view.version) != seen and (is_group or view.generation >= generation):
                     if self.id in view.groups:
                         self.generation = max(self.generation, view.generation if is_group else 0)
+                    if self.id in view.draining and not self._is_draining:
+                        self._is_draining = True
+                        self._going = asyncio.create_task(_awaited(on_told_to_go()))
                     await on_view(view)
                     generation = max(generation, view.generation)
                 seen = (view.epoch, view.version)

@@ -68,7 +68,7 @@ class ExpertGroup:
         self._scrubber = _scrubber(computation, self._on_damage)
         await self._member.identify(asdict(computation.identity))
         await self._member.ready(computation.address)
-        self._member.follow(self._on_view)
+        self._member.follow(self._on_view, self._go)
 
     async def check_health(self) -> None:
         """Serve asks this; a group that hangs is killed by its guard, one that lies is given up by the controller."""
@@ -76,6 +76,11 @@ class ExpertGroup:
     async def __del__(self) -> None:
         """Serve stops this replica."""
         await self._stop()
+
+    async def _go(self) -> None:
+        """This process is told to end, although its number is wanted."""
+        await self._stop()
+        _exit("it was told to go")
 
     async def _stop(self) -> None:
         """Leave in order: the others take over first, if they can."""

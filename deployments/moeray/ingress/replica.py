@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from typing import Any
 
@@ -60,13 +61,21 @@ class Ingress:
         """Serve asks this; the server ends only with the replica, so answering is enough."""
 
     async def __del__(self) -> None:
+        await self._stop()
+
+    async def _stop(self) -> None:
         await asyncio.gather(self._member.leave(), self._server.stop(STOP_GRACE_S))
+
+    async def _go(self) -> None:
+        """This process is told to end, although it is wanted: Serve starts another."""
+        await self._stop()
+        os._exit(0)
 
     async def _link(self) -> None:
         """Find the shards. Beside another ingress this one serves only when it has one, if that does not take for ever:
         the kernel gives it a share of the new connections from then on.
         """
-        self._member.follow(self._on_view)
+        self._member.follow(self._on_view, self._go)
         deadline = time.monotonic() + LINK_S
         while self._server.settings.shares_ports and not self._server.is_serving and time.monotonic() < deadline:
             await asyncio.sleep(0.05)

@@ -47,8 +47,8 @@ def view(
     return View(
         epoch=epoch, version=version, generation=generation, groups=groups, addresses=("x:1",) * len(groups),
         is_complete=True, is_covered=True, missing=(), proposed=proposed, proposed_groups=proposed_groups,
-        oldest=generation if oldest is None else oldest, lost=frozenset(), may_leave=frozenset(), shards={},
-        mismatches={},
+        oldest=generation if oldest is None else oldest, lost=frozenset(), draining=frozenset(), may_leave=frozenset(),
+        shards={}, mismatches={},
     )  # fmt: skip
 
 

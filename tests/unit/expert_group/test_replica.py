@@ -21,7 +21,8 @@ from moeray.placement import contiguous
 MODEL = "moeray-tiny"
 EMPTY = View(
     epoch=1, version=1, generation=0, groups=(), addresses=(), is_complete=False, is_covered=False, missing=(),
-    proposed=0, proposed_groups=(), oldest=0, lost=frozenset(), may_leave=frozenset(), shards={}, mismatches={},
+    proposed=0, proposed_groups=(), oldest=0, lost=frozenset(), draining=frozenset(), may_leave=frozenset(),
+    shards={}, mismatches={},
 )  # fmt: skip
 
 
@@ -54,8 +55,8 @@ class Member:
     async def ready(self, address: str) -> None:
         self.told.append("ready")
 
-    def follow(self, on_view: Callable[[View], Awaitable[None]]) -> None:
-        self.on_view = on_view
+    def follow(self, on_view: Callable[[View], Awaitable[None]], on_told_to_go: Callable[[], Awaitable[None]]) -> None:
+        self.on_view, self.on_told_to_go = on_view, on_told_to_go
 
     async def placement(self, generation: int) -> dict[str, Any] | None:
         return contiguous(generation=generation, num_layers=4, num_experts=16, num_groups=2).to_json()
