@@ -61,11 +61,13 @@ class Harm:
         what: in words, with pids.
         cuts_clients: connections of clients are lost with it, which no protocol can go on with.
         beyond_repair: pids of which the cluster must be rid before it is whole.
+        began: when, if preparing it took a while.
     """
 
     what: str
     cuts_clients: bool = False
     beyond_repair: frozenset[int] = frozenset()
+    began: float | None = None
 
 
 Fault = Callable[[Context], Harm]
@@ -145,10 +147,13 @@ def garbage_group(context: Context) -> Harm:
     """Random bytes over a part of a group's weights."""
     group = context.one("expert_group")
     held: Mapping[Any, Any] = group["experts"]["held"]
-    found = weights.spoil(group["pid"], context.checkpoint, held, context.rng)
+    found = weights.find(group["pid"], context.checkpoint, held)
     if not found:
         raise CannotInject(f"no weight was found in the memory of expert group {group['pid']}")
-    return Harm(f"{found} matrices of expert group pid {group['pid']} overwritten", False, frozenset({group["pid"]}))
+    began = time.monotonic()
+    weights.spoil(group["pid"], found, context.rng)
+    what = f"{len(found)} matrices of expert group pid {group['pid']} overwritten"
+    return Harm(what, False, frozenset({group["pid"]}), began)
 
 
 def full_shm(context: Context) -> Harm:

@@ -106,24 +106,27 @@ def inject(planned: Planned, context: Context) -> Event:
     context.rng = random.Random(planned.seed)
     before = signs(watcher.state)
     event.began = event.ended = time.monotonic()
+    noticed: list[float] = []
 
     def notice(now: float, state: dict[str, Any]) -> None:
-        if event.noticed_s is None and signs(state) != before:
-            event.noticed_s = now - event.began
+        if not noticed and signs(state) != before:
+            noticed.append(now)
 
     forget = watcher.listen(notice)
     try:
         harm = FAULTS[planned.name](context)
         event.what, event.cuts_clients = harm.what, harm.cuts_clients
-        event.injected = time.monotonic()
+        event.began = event.injected = harm.began or event.began
         # A state from before the harm has done its work would look whole.
-        watcher.wait(lambda _: event.noticed_s is not None, RECOVERY_S if harm.beyond_repair else UNNOTICED_S)
+        watcher.wait(lambda _: bool(noticed), RECOVERY_S if harm.beyond_repair else UNNOTICED_S)
         if watcher.wait(lambda state: is_whole(state, context.whole, harm.beyond_repair), RECOVERY_S):
             event.recovered_s = time.monotonic() - event.began
     except (CannotInject, OSError) as error:
         event.skipped = str(error)
     finally:
         forget()
+        if noticed:
+            event.noticed_s = max(0.0, noticed[0] - event.began)
         event.ended = time.monotonic()
     return event
 

@@ -16,17 +16,11 @@ _MIN_MAP_BYTES = NUM_BYTES
 _SLICE_BYTES = 64 << 20
 
 
-def spoil(pid: int, checkpoint: Path, held: Mapping[int, Sequence[int]], rng: random.Random) -> int:
-    """Write random bytes over the beginning of every held expert's first matrix that is found in `pid`'s memory.
-
-    Returns:
-        How many were found and overwritten.
-    Raises:
-        OSError: the memory may not be written.
-    """
-    found = 0
+def find(pid: int, checkpoint: Path, held: Mapping[int, Sequence[int]]) -> dict[int, int]:
+    """Where every held expert's first matrix begins in `pid`'s memory -> bytes of its beginning. Takes seconds."""
+    found: dict[int, int] = {}
     wanted = list(_signatures(checkpoint, held))
-    with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:  # noqa: PTH123
+    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:  # noqa: PTH123
         for begin, end in _writable(pid):
             for at in range(begin, end, _SLICE_BYTES):
                 memory.seek(at)
@@ -34,10 +28,20 @@ def spoil(pid: int, checkpoint: Path, held: Mapping[int, Sequence[int]], rng: ra
                     data = memory.read(min(_SLICE_BYTES, end - at))
                     for signature in wanted:
                         if (offset := data.find(signature)) >= 0:
-                            memory.seek(at + offset)
-                            memory.write(rng.randbytes(min(NUM_BYTES, end - at - offset)))
-                            found += 1
+                            found[at + offset] = min(NUM_BYTES, end - at - offset)
     return found
+
+
+def spoil(pid: int, found: Mapping[int, int], rng: random.Random) -> None:
+    """Write random bytes there.
+
+    Raises:
+        OSError: the memory may not be written.
+    """
+    with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:  # noqa: PTH123
+        for at, num_bytes in found.items():
+            memory.seek(at)
+            memory.write(rng.randbytes(num_bytes))
 
 
 def _signatures(checkpoint: Path, held: Mapping[int, Sequence[int]]) -> Iterator[bytes]:
