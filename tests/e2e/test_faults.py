@@ -95,6 +95,7 @@ def test_scaling_up_and_down_under_load_changes_no_answer_and_restarts_nobody(
         assert all(each.result() > 0 for each in asking)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("pool", ["experts", "attention"])
 def test_restarting_a_pool_under_load_replaces_each_process_and_changes_no_answer(
     victim: Cluster, undisturbed: str, pool: str
