@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from clusters import golden_request
@@ -23,7 +23,7 @@ class Ask:
         protocol: http or grpc.
         body: OpenAI's JSON, `stream` included.
         abort_after: chunks after which the client goes away; None reads to the end.
-        flows: a stream whose every token is text at once, so that a gap in it is a stall and nothing else.
+        flows: a stream whose every token comes in a chunk at once, so that a gap in it is a stall and nothing else.
     """
 
     name: str
@@ -60,7 +60,10 @@ def catalogue(golden: list[dict[str, Any]], seed: int) -> list[Ask]:
     grammar = _both_ways("grammar", single[5] | {"structured_outputs": {"choice": [_ONLY_TEXT]}})
     asks += [ask for ask in grammar if ask.protocol == "http"]  # gRPC has JSON schemas, with spaces as the model likes
     for number in range(2):
-        asks += [replace(ask, flows=ask.is_stream) for ask in _both_ways(f"long {number}", _long(number))]
+        asks += _both_ways(f"long {number}", _long(number))
+        # Tokens without text come in no chunk otherwise; gRPC has no such field.
+        every_token = _long(number) | {"stream": True, "return_token_ids": True}
+        asks.append(Ask(f"every token {number}", "http", every_token, flows=True))
     cut = _long(2) | {"stream": True}
     asks += [Ask(f"aborted by {protocol}", protocol, cut, abort_after=5) for protocol in ("http", "grpc")]
     return asks

@@ -13,6 +13,7 @@ from chaos.clients import Outcome, perform
 
 LOGPROB_TOLERANCE = 0.05
 """A continued stream computes its keys and values anew, in one pass instead of token by token: bits of bf16 differ."""
+NUM_FLOWING = 2
 RETRY_EVERY_S = 0.25
 RETRY_FOR_S = 60.0
 
@@ -20,7 +21,7 @@ RETRY_FOR_S = 60.0
 class Load:
     """`num_clients` threads, each with its own order of the asks, from `start` to `stop`.
 
-    Beside them one thread per protocol asks for streams that flow and nothing else: stalls are seen in these.
+    Beside them NUM_FLOWING ask for streams that flow and nothing else: stalls are seen in these.
     """
 
     def __init__(self, asks: Sequence[Ask], endpoints: dict[str, str], num_clients: int, seed: int) -> None:
@@ -31,11 +32,11 @@ class Load:
             threading.Thread(target=self._run, args=(random.Random(f"{seed}/{number}"), asks), name=f"client {number}")
             for number in range(num_clients)
         ]
-        for protocol in ("http", "grpc"):
-            flowing = [ask for ask in asks if ask.flows and ask.protocol == protocol]
-            if flowing:
-                rng = random.Random(f"{seed}/{protocol}")
-                self._threads.append(threading.Thread(target=self._run, args=(rng, flowing), name=f"stream {protocol}"))
+        flowing = [ask for ask in asks if ask.flows]
+        self._threads += [
+            threading.Thread(target=self._run, args=(random.Random(f"{seed}/flow {number}"), flowing))
+            for number in range(NUM_FLOWING if flowing else 0)
+        ]
 
     def start(self) -> None:
         for thread in self._threads:
