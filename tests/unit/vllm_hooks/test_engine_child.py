@@ -39,7 +39,7 @@ def test_the_last_words_of_a_forked_child_reach_the_parent() -> None:
 
     child = fork.Process(target=_guarded(run, os.getpid(), write_fd))
     child.start()
-    fault = asyncio.run(LastWords(read_fd).read(timeout_s=10))
+    fault = asyncio.run(LastWords(read_fd).read(lambda: False, timeout_s=10))
     child.join()
 
     assert (
@@ -52,7 +52,7 @@ def test_the_last_words_of_a_forked_child_reach_the_parent() -> None:
 
 def test_silence_is_no_reason() -> None:
     read_fd, _ = os.pipe()
-    assert asyncio.run(LastWords(read_fd).read(timeout_s=0.05)) is None
+    assert asyncio.run(LastWords(read_fd).read(lambda: False, timeout_s=0.05)) is None
 
 
 def test_a_child_dies_with_its_parent() -> None:
