@@ -139,13 +139,12 @@ def keep_alive_all(host: str) -> None:
     which waits for the shard's next call without a limit, until the kernel gives the connection up: never, if idle.
     """
     for each in Path("/proc/self/fd").iterdir():
-        with suppress(OSError, ValueError):  # no socket, not connected, or closed meanwhile
-            connection = socket.socket(fileno=os.dup(int(each.name)))
-            with connection:
-                is_tcp = (
-                    connection.family in (socket.AF_INET, socket.AF_INET6) and connection.type is socket.SOCK_STREAM
-                )
-                if is_tcp and connection.getpeername()[0] == host:
+        with suppress(OSError):  # closed meanwhile, or not connected
+            if not each.readlink().name.startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(each.name))) as connection:
+                is_tcp = connection.family in (socket.AF_INET, socket.AF_INET6)
+                if is_tcp and connection.type is socket.SOCK_STREAM and connection.getpeername()[0] == host:
                     keep_alive(connection)
 
 

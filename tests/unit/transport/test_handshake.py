@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import struct
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from moeray.transport.errors import HandshakeRefused
 from moeray.transport.handshake import MAX_MESSAGE_BYTES, Hello, ModelIdentity, Start, receive_message, send_message
+from moeray.transport.rendezvous import keep_alive_all
 
 IDENTITY = ModelIdentity(
     fingerprint="f00d", hidden_size=64, top_k=2, num_experts=8, num_layers=2, dtype="bfloat16", moeray_version="1"
@@ -147,3 +149,15 @@ def test_an_incomplete_hello_is_refused(change: dict[str, object]) -> None:
         return
     with pytest.raises(HandshakeRefused):
         Hello.from_json(data)
+
+
+def test_keeping_connections_alive_reaches_those_of_one_host_and_leaves_no_descriptor_behind() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as one:
+        accepted, _ = listener.accept()
+        with accepted, socket.socketpair()[0], open("/dev/null"):  # noqa: PTH123
+            before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+            keep_alive_all("127.0.0.2")
+            assert one.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 0
+            keep_alive_all("127.0.0.1")
+            assert one.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
