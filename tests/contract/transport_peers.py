@@ -189,13 +189,21 @@ class Peer:
         self._pipe.send((name, args))
 
     def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal; SIGSTOP has stopped every thread when this returns."""
         assert self.process.pid is not None
         os.kill(self.process.pid, number)
+        while number == signal.SIGSTOP and not _is_stopped(self.process.pid):
+            time.sleep(0.001)
 
     def end(self) -> None:
         self.process.kill()
         self.process.join(10)
         self._pipe.close()
+
+
+def _is_stopped(pid: int) -> bool:
+    states = [(task / "stat").read_text().rpartition(")")[2].split()[0] for task in Path(f"/proc/{pid}/task").iterdir()]
+    return set(states) == {"T"}
 
 
 @dataclass
