@@ -98,6 +98,7 @@ class RemoteExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc, unused-igno
         Raises:
             TransportError: the hop could not mend it; it ends this EngineCore, and its text reaches the shard process.
         """
+        used = _current_hop()  # now: when the other half has failed, it is that one's turn
         _dispatch(layer.model_layer, x, topk_ids, topk_weights)
         try:
             if shared_experts is not None:
@@ -106,7 +107,7 @@ class RemoteExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc, unused-igno
                 _let_other_half_run(micro_batches.state.running, shared_experts)
             return _combine(x)
         except BaseException:
-            _current_hop().abandon()
+            used.abandon()
             if shared_experts is not None:  # or the next call of this layer would find a result that nobody took
                 shared_experts._output = [None] * len(shared_experts._output)
             raise
