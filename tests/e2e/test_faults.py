@@ -44,7 +44,10 @@ def engine_pids(running: Cluster) -> list[int]:
     return [shard["engine_pid"] for shard in running.processes("attention_shard")]
 
 
-@pytest.mark.parametrize("part", ["engine_pid", "shard_pid", "pid"])
+@pytest.mark.parametrize(
+    "part",
+    ["engine_pid", pytest.param("shard_pid", marks=pytest.mark.full), pytest.param("pid", marks=pytest.mark.full)],
+)
 def test_streams_of_a_killed_shard_go_on_at_the_other(victim: Cluster, undisturbed: str, part: str) -> None:
     """Both shards have a stream, one of which is the victim's."""
     pids = [shard[part] for shard in victim.processes("attention_shard")]
@@ -65,6 +68,7 @@ def test_a_stopped_engine_is_killed_and_its_streams_go_on_at_the_other(victim: C
     wait_until_healed(victim, 1)
 
 
+@pytest.mark.timeout(900)
 def test_scaling_up_and_down_under_load_changes_no_answer_and_restarts_nobody(
     victim: Cluster, undisturbed: str
 ) -> None:
@@ -96,6 +100,7 @@ def test_scaling_up_and_down_under_load_changes_no_answer_and_restarts_nobody(
 
 
 @pytest.mark.full
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("pool", ["experts", "attention"])
 def test_restarting_a_pool_under_load_replaces_each_process_and_changes_no_answer(
     victim: Cluster, undisturbed: str, pool: str
@@ -121,7 +126,10 @@ def test_an_idle_loss_of_a_group_costs_no_engine(victim: Cluster) -> None:
     assert [shard["engine_pid"] for shard in victim.processes("attention_shard")] == engines
 
 
-@pytest.mark.parametrize("part", ["pid", "shard_pid", "engine_pid"])
+@pytest.mark.parametrize(
+    "part",
+    ["pid", pytest.param("shard_pid", marks=pytest.mark.full), pytest.param("engine_pid", marks=pytest.mark.full)],
+)
 def test_a_shard_dies_as_one_and_is_replaced_while_the_other_serves(victim: Cluster, part: str) -> None:
     shard = victim.processes("attention_shard")[0]
     pids = [shard["pid"], shard["shard_pid"], shard["engine_pid"]]

@@ -9,7 +9,7 @@ from clusters import Cluster, cluster, wait_for
 from ray_nodes import ENVIRONMENT, drain, ray_nodes, raylet_of
 from streams import text_of, wait_until_healed
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
 COPIES = {"num_groups": 2, "num_redundant": 16, "min_copies": 2, "regroup_s": 5}
 
 
