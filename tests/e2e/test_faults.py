@@ -68,6 +68,7 @@ def test_a_stopped_engine_is_killed_and_its_streams_go_on_at_the_other(victim: C
     wait_until_healed(victim, 1)
 
 
+@pytest.mark.full
 @pytest.mark.timeout(900)
 def test_scaling_up_and_down_under_load_changes_no_answer_and_restarts_nobody(
     victim: Cluster, undisturbed: str
