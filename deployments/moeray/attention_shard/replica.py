@@ -23,7 +23,7 @@ from moeray.controller.settings import ControllerSettings
 from moeray.deepseek_v4.source import locate
 from moeray.health import guard
 from moeray.membership import Role, View
-from moeray.placement import CoreShare
+from moeray.placement import CoreShare, Layout, Placement, contiguous
 from moeray.placement.machine import has_core_for_each
 from moeray.vllm_hooks.served_model import ExpertsIn, describe_model, experts_in
 from moeray.vllm_hooks.settings import SPIN_S, ShardSettings
@@ -48,6 +48,7 @@ class AttentionShard:
         self._accusing: set[asyncio.Task[None]] = set()
         self._weights: dict[str, int] = {}
         self._experts_in = ExpertsIn.GROUPS
+        self._layout = settings.layout
         self._member = ClusterMember(Role.ATTENTION_SHARD, settings)
         index = await self._member.join()
         self._member.every(REPORT_S, self._report)
@@ -156,7 +157,10 @@ class AttentionShard:
             return True
         if not self._is_ready:
             self._stage = f"connecting to {len(view.addresses)} expert groups"
-        placement = await self._member.placement(view.generation)
+        if self._experts_in is ExpertsIn.SHARD:
+            placement: dict[str, Any] | None = _everything_here(self._layout, view.generation).to_json()
+        else:
+            placement = await self._member.placement(view.generation)
         if placement is None:
             return False
         await self._call(
@@ -192,6 +196,11 @@ class AttentionShard:
             "weights": self._weights,
             **self._member.cores(),
         }
+
+
+def _everything_here(layout: Layout, generation: int) -> Placement:
+    """Where the shard computes its experts itself, as one group of all of them."""
+    return contiguous(generation=generation, num_layers=layout.num_layers, num_experts=layout.num_experts, num_groups=1)
 
 
 def _summary(tensors: dict[str, Any]) -> dict[str, int]:
