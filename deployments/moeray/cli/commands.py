@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     _file(up)
     up.add_argument("--detach", action="store_true", help="return when ready and leave the cluster running")
-    up.add_argument("--timeout", type=float, default=600.0, metavar="S", help="give up after S seconds (default 600)")
+    _timeout(up, "give up after S seconds")
     up.add_argument("--supervise", action="store_true", help=argparse.SUPPRESS)
 
     commands.add_parser("down", help="stop the cluster that `up` started", epilog="example: moeray down")
@@ -116,9 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: moeray scale experts=4 attention=3",
     )  # fmt: skip
     scale.add_argument("counts", nargs="+", metavar="POOL=N", help="experts=N, attention=N or both")
-    scale.add_argument(
-        "--timeout", type=float, default=600.0, metavar="S", help="stop waiting after S seconds (default 600)"
-    )
+    _timeout(scale, "stop waiting after S seconds")
 
     restart = commands.add_parser(
         "restart", help="replace one pool's processes, one after the other",
@@ -127,9 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: moeray restart experts",
     )  # fmt: skip
     restart.add_argument("pool", choices=("experts", "attention", "ingress"))
-    restart.add_argument(
-        "--timeout", type=float, default=600.0, metavar="S", help="for each process; stop after S seconds (default 600)"
-    )
+    _timeout(restart, "for each process; stop after S seconds")
 
     chat = commands.add_parser("chat", help="ask one question and stream the answer",
                                epilog='example: moeray chat "What is an expert group?"')  # fmt: skip
@@ -170,3 +166,7 @@ def _file(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-f", "--file", type=Path, metavar="CLUSTER.YAML", help="configuration (default: the bundled model)"
     )
+
+
+def _timeout(parser: argparse.ArgumentParser, meaning: str) -> None:
+    parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help=f"{meaning} (default 600)")

@@ -5,13 +5,12 @@ What a rolling upgrade is here: the new process runs what is installed, and read
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from moeray.cli.connection import cluster_state, ray_connection
 from moeray.cli.errors import CommandError
-from moeray.cli.scale import CALL_S, POOLS, watch
-
-ROLES = {pool: role for pool, (role, _) in POOLS.items()} | {"ingress": "ingress"}
+from moeray.cli.pools import CALL_S, ROLES, processes, serves, watch
 
 
 def restart(pool: str, *, timeout_s: float) -> int:
@@ -38,22 +37,9 @@ def restart(pool: str, *, timeout_s: float) -> int:
     return 0
 
 
-def processes(state: dict[str, Any], role: str) -> list[dict[str, Any]]:
-    """Of this role, lost ones left out."""
-    return [each for each in state["processes"] if each["role"] == role and each["state"] != "lost"]
-
-
-def is_replaced(state: dict[str, Any], role: str, id: str, count: int) -> bool:
-    """Whether the process is gone, `count` serve, and everybody uses the newest generation."""
-    there = processes(state, role)
-    is_settled = state["proposed"] is None and state["oldest_generation"] == state["generation"]
-    return (
-        id not in {each["id"] for each in there}
-        and [each["state"] for each in there] == ["ready"] * count
-        and (role != "expert_group" or len(state["groups"]) == count)
-        and bool(state["is_complete"])
-        and is_settled
-    )
+def is_replaced(state: Mapping[str, Any], role: str, id: str, count: int) -> bool:
+    """Whether the process is gone and `count` others serve."""
+    return id not in {each["id"] for each in processes(state, role)} and serves(state, role, count)
 
 
 def _tell(id: str) -> None:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moeray.cli.connection import cluster_state, ray_connection
 from moeray.cli.errors import CommandError
-from moeray.cli.progress import news
+from moeray.cli.pools import CALL_S, ROLES, processes, serves, watch
 
-POOLS = {"experts": ("expert_group", "ExpertGroup"), "attention": ("attention_shard", "AttentionShard")}
-"""What is typed -> role of the processes, name of their Serve deployment."""
-POLL_S = 0.2
-CALL_S = 30.0
+DEPLOYMENTS = {"experts": "ExpertGroup", "attention": "AttentionShard"}
+"""What can be scaled -> its Serve deployment."""
 
 
 def scale(counts: Sequence[str], *, timeout_s: float) -> int:
@@ -29,9 +26,9 @@ def scale(counts: Sequence[str], *, timeout_s: float) -> int:
         deployments = _deployments()
         _check_resources(wanted, deployments)
         for pool, count in wanted.items():  # all of them before any process comes or goes: it may refuse
-            _tell_controller(POOLS[pool][0], count)
+            _tell_controller(ROLES[pool], count)
         for pool, count in wanted.items():
-            _tell_serve(POOLS[pool][1], count)
+            _tell_serve(DEPLOYMENTS[pool], count)
         _wait(wanted, timeout_s, state)
     return 0
 
@@ -45,7 +42,7 @@ def parse_counts(counts: Sequence[str]) -> dict[str, int]:
     wanted: dict[str, int] = {}
     for text in counts:
         pool, _, number = text.partition("=")
-        if pool not in POOLS or not number.isascii() or not number.isdigit():
+        if pool not in DEPLOYMENTS or not number.isascii() or not number.isdigit():
             raise CommandError(f"{text!r} is not experts=N or attention=N", status=2)
         if int(number) < 1:
             raise CommandError(f"{text}: at least 1 (`moeray down` stops everything)", status=2)
@@ -56,16 +53,7 @@ def parse_counts(counts: Sequence[str]) -> dict[str, int]:
 
 
 def reached(wanted: Mapping[str, int], state: Mapping[str, Any]) -> bool:
-    """Whether so many processes serve, no other one is on its way, and everybody has the newest generation."""
-    for pool, count in wanted.items():
-        states = [process["state"] for process in state["processes"] if process["role"] == POOLS[pool][0]]
-        there = [each for each in states if each != "lost"]
-        if there != ["ready"] * count:
-            return False
-    if "experts" in wanted and len(state["groups"]) != wanted["experts"]:
-        return False
-    is_settled = state["proposed"] is None and state["oldest_generation"] == state["generation"]
-    return bool(state["is_complete"]) and is_settled
+    return all(serves(state, ROLES[pool], count) for pool, count in wanted.items())
 
 
 def _check(wanted: Mapping[str, int], state: Mapping[str, Any]) -> None:
@@ -82,9 +70,9 @@ def _check_resources(wanted: Mapping[str, int], deployments: Mapping[str, Any]) 
 
     free = ray.available_resources()
     for pool, count in wanted.items():
-        deployment = deployments.get(POOLS[pool][1])
+        deployment = deployments.get(DEPLOYMENTS[pool])
         if deployment is None:
-            raise CommandError(f"{pool}: Ray Serve has no deployment {POOLS[pool][1]}")
+            raise CommandError(f"{pool}: Ray Serve has no deployment {DEPLOYMENTS[pool]}")
         more = count - int(deployment["target_num_replicas"])
         options = deployment["deployment_config"]["ray_actor_options"] or {}
         for resource, key in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
@@ -170,26 +158,9 @@ def _wait(wanted: Mapping[str, int], timeout_s: float, before: dict[str, Any]) -
     if reached(wanted, last):
         print("reached: " + ", ".join(f"{count} {pool}" for pool, count in wanted.items()), flush=True)
         return
-    there = {
-        pool: sum(p["role"] == POOLS[pool][0] and p["state"] == "ready" for p in last["processes"]) for pool in wanted
-    }
+    there = {pool: sum(each["state"] == "ready" for each in processes(last, ROLES[pool])) for pool in wanted}
     raise CommandError(
         f"not reached after {timeout_s:g} s: "
         + ", ".join(f"{pool} {there[pool]} of {count}" for pool, count in wanted.items())
         + "; the cluster goes on trying (see `moeray status`)"
     )
-
-
-def watch(done: Callable[[dict[str, Any]], bool], timeout_s: float, before: dict[str, Any]) -> dict[str, Any]:
-    """Show what happens until it is done or time is up; the last state."""
-    started = time.monotonic()
-    shown: dict[str, str] = {}
-    news(before, shown)  # what is there already is no news
-    while True:
-        state = cluster_state()
-        elapsed_s = time.monotonic() - started
-        for line in news(state, shown):
-            print(f"[{elapsed_s:5.1f} s] {line}", flush=True)
-        if done(state) or elapsed_s > timeout_s:
-            return state
-        time.sleep(POLL_S)
