@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+LATE = "no answer"
+"""How the reasons of links begin that have waited for long enough."""
+
 
 class TransportError(RuntimeError):
     """Base of every error of the hop."""
@@ -16,6 +19,11 @@ class PeerLost(TransportError):
         super().__init__(f"expert group {group} lost: {reason}")
         self.group = group
         self.reason = reason
+
+    @property
+    def is_late(self) -> bool:
+        """Whether it gave no sign at all: it may merely be slow."""
+        return self.reason.startswith(LATE)
 
 
 class StaleGeneration(TransportError):

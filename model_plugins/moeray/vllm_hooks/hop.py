@@ -36,7 +36,7 @@ Accuse = Callable[[str, str, bool], None]
 """`accuse(group_id, reason, certain)`: tell the cluster that a group is bad; certain: not merely slow."""
 RETRY_S = 0.5
 HEAL_S = 5.0
-"""After which a group that was left out may be tried again: it may only have been slow."""
+"""After which a group that was left out, and is not needed, may be tried again: it may only have been slow."""
 DEFAULT_WAIT_S = 120.0
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,18 @@ class NotConnected(TransportError):
 
 MENDABLE = (PeerLost, GroupFailed, StaleGeneration, ExpertsMissing, NotConnected)
 """Errors of a group or a generation; any other is the caller's."""
-GAVE_ERRORS = "gave an error: "
+
+
+@dataclass(frozen=True, slots=True)
+class Blame:
+    """Why a group is left out.
+
+    Attributes:
+        is_doubtful: it may only have been slow, or busy; one that gave errors is not tried again in this route.
+    """
+
+    reason: str
+    is_doubtful: bool
 
 
 @dataclass(slots=True)
@@ -101,7 +112,7 @@ class Hop:
         self._transport: Transport | None = None
         self._route: Route | None = None
         self._wanted: Route | None = None
-        self._bad: dict[int, str] = {}
+        self._bad: dict[int, Blame] = {}
         self._news = threading.Condition()
         self._between_calls = threading.Lock()
         self._call: LayerCall | None = None
@@ -132,7 +143,7 @@ class Hop:
     @property
     def left_out(self) -> dict[int, str]:
         """Groups of this route that this shard found bad, and why."""
-        return dict(self._bad)
+        return {group: blame.reason for group, blame in self._bad.items()}
 
     def reserve(self, x_TD: Tensor, top_k: int) -> None:
         """Hold the memory of a layer call like this one, so that vLLM counts it before it sizes the KV cache.
@@ -272,7 +283,7 @@ class Hop:
         """Costs and generation as plain values; `stages`: the transport's own, finer account, where it keeps one."""
         timings = getattr(self._transport, "timings", None)
         stages = timings().per_layer_us() if timings is not None else {}
-        left_out = {str(group): why for group, why in self._bad.items()}
+        left_out = {str(group): why for group, why in self.left_out.items()}
         return {"generation": self.generation, **asdict(self.costs), "stages": stages, "left_out": left_out}
 
     def _again(self, call: LayerCall, failure: TransportError) -> Tensor:
@@ -305,40 +316,42 @@ class Hop:
         """Leave out the group that is to blame, if one is."""
         if not isinstance(failure, (PeerLost, GroupFailed)):
             return
-        why = failure.reason if isinstance(failure, PeerLost) else GAVE_ERRORS + failure.reason
-        self._bad[failure.group] = why
+        is_lost = isinstance(failure, PeerLost)
+        why = failure.reason if is_lost else f"gave an error: {failure.reason}"
+        self._bad[failure.group] = Blame(why, is_doubtful=is_lost)
         is_needed = not route.placement.covers(route.absent | frozenset(self._bad))
-        self._accuse(route.groups[failure.group], why, is_needed or not why.startswith("no answer"))
+        is_late = isinstance(failure, PeerLost) and failure.is_late
+        self._accuse(route.groups[failure.group], why, is_needed or not is_late)
 
     def _reconnected(self, call: LayerCall, failure: TransportError, deadline: float) -> Transport:
         """A transport that may carry the call now: to the groups that are left, or of a newer route.
+
+        Where the groups that are left do not have all experts, those that may only have been slow are tried again.
 
         Raises:
             TransportError: none within the time; the failure.
         """
         self._replace(None)
-        heal_at = monotonic() + HEAL_S
         while True:
             if self._wanted is not self._route:
                 self._route, self._bad = self._wanted, {}
             route = self._route
-            if monotonic() >= heal_at:
-                self._bad, heal_at = self._beyond_doubt(), monotonic() + HEAL_S
             if route is not None and self._can_carry(route, call):
                 try:
                     self._replace(self._connected(route, route.absent | frozenset(self._bad), in_a_hurry=True))
                 except PeerLost as error:
-                    self._bad[error.group] = error.reason
+                    self._bad[error.group] = Blame(error.reason, is_doubtful=True)
                     continue
                 except TransportError as error:
                     logger.warning("generation %d cannot be connected: %s", route.generation, error)
                 if self._transport is not None:
                     return self._transport
             self._await_news(failure, deadline)
+            self._bad = self._beyond_doubt()
 
-    def _beyond_doubt(self) -> dict[int, str]:
+    def _beyond_doubt(self) -> dict[int, Blame]:
         """Bad groups that need not be tried again."""
-        return {group: why for group, why in self._bad.items() if why.startswith(GAVE_ERRORS)}
+        return {group: blame for group, blame in self._bad.items() if not blame.is_doubtful}
 
     def _can_carry(self, route: Route, call: LayerCall) -> bool:
         """Whether all experts that this call needs have a copy that is there."""

@@ -70,11 +70,15 @@ class Cluster:
         self.made: list[Doubling] = []
         self.fails: list[list[tuple[str, TransportError]]] = []
         self.refusals: list[TransportError] = []
+        self.dead: set[str] = set()
         self.accused: list[tuple[str, str, bool]] = []
 
     def connect(self, route: Route, absent: frozenset[int], in_a_hurry: bool) -> Transport:
         if self.refusals:
             raise self.refusals.pop(0)
+        for group, address in enumerate(route.addresses):
+            if group not in absent and address in self.dead:
+                raise PeerLost(group, f"no handshake with {address}: connection refused")
         self.made.append(Doubling(route.generation, absent, self.fails.pop(0) if self.fails else []))
         return self.made[-1]
 
@@ -209,11 +213,12 @@ def test_without_a_copy_the_call_waits_for_the_next_route() -> None:
     cluster.fails = [[("combine", LOST)]]
     hop = cluster.hop()
     hop.follow(cluster.route(1))
+    cluster.dead = {"b:2"}
     results: list[Tensor] = []
     calling = in_thread(lambda: results.append(layer_call(hop)))
     wait_until_it_waits(hop)
     blocked = in_thread(lambda: hop.follow(cluster.route(2, ("a:1", ""))))  # of no help: the group is still away
-    hop.announce(cluster.route(3))
+    hop.announce(cluster.route(3, ("a:1", "c:3")))
     for thread in (calling, blocked):
         thread.join(60)
     assert torch.equal(results[0], X * 2)
@@ -236,12 +241,13 @@ def test_a_wait_has_an_end_and_names_what_was_lost() -> None:
     cluster.fails = [[("combine", LOST)]]
     hop = cluster.hop(wait_s=0.1)
     hop.follow(cluster.route())
+    cluster.dead = {"b:2"}
     with pytest.raises(PeerLost, match="expert group 1 lost: connection closed by peer"):
         layer_call(hop)
 
 
 def test_a_group_that_was_only_late_is_tried_again_while_a_call_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hop_module, "HEAL_S", 0.01)
+    monkeypatch.setattr(hop_module, "RETRY_S", 0.01)
     cluster = Cluster(copies=False)
     cluster.fails = [[("combine", PeerLost(1, "no answer within 10 s"))]]
     hop = cluster.hop()
