@@ -37,6 +37,7 @@ class Context:
     Attributes:
         whole: the numbers of processes that make the cluster whole now; scaling changes them.
         shm: the cluster's own /dev/shm as this process reaches it; None where it has none of its own.
+        harmed: processes chosen in this injection: several faults at once have different victims.
     """
 
     cluster: Cluster
@@ -45,12 +46,15 @@ class Context:
     checkpoint: Path
     whole: Counts
     shm: Path | None = None
+    harmed: set[str] = field(default_factory=set)
 
     def one(self, role: str) -> dict[str, Any]:
-        found = self.watcher.processes(role)
+        found = [each for each in self.watcher.processes(role) if each["id"] not in self.harmed]
         if not found:
             raise CannotInject(f"no {role} is ready")
-        return self.rng.choice(found)
+        victim = self.rng.choice(found)
+        self.harmed.add(victim["id"])
+        return victim
 
 
 @dataclass(frozen=True)
@@ -196,35 +200,53 @@ def _together(*faults: Fault) -> Fault:
     return inject
 
 
-_KILL, _STOP = signal.SIGKILL, signal.SIGSTOP
+@dataclass(frozen=True)
+class Kind:
+    """One kind of fault.
 
-FAULTS: Mapping[str, Fault] = {
-    "kill group": _signal(_KILL, "expert_group"),
-    "kill shard process": _signal(_KILL, "attention_shard", "shard_pid"),
-    "kill engine": _signal(_KILL, "attention_shard", "engine_pid"),
-    "kill shard replica": _signal(_KILL, "attention_shard"),
-    "kill ingress": _signal(_KILL, "ingress"),
-    "kill controller": _signal(_KILL, "controller"),
-    "stop group": _signal(_STOP, "expert_group"),
-    "stop shard process": _signal(_STOP, "attention_shard", "shard_pid"),
-    "stop engine": _signal(_STOP, "attention_shard", "engine_pid"),
-    "pause group": _pause("expert_group", "pid"),
-    "pause shard process": _pause("attention_shard", "shard_pid"),
-    "pause engine": _pause("attention_shard", "engine_pid"),
-    "slow group": slow_group,
-    "cut channel": cut_channel,
-    "cut group connection": cut_group_connection,
-    "cut link": _link(sockets.cut, "cut", both_ends=False),
-    "half-open link": _link(sockets.deafen, "deafened", both_ends=True),
-    "garbage from group": garbage_group,
-    "full /dev/shm": full_shm,
-    "more groups": _scale("experts", "groups", +1),
-    "fewer groups": _scale("experts", "groups", -1),
-    "more shards": _scale("attention", "shards", +1),
-    "fewer shards": _scale("attention", "shards", -1),
-    "kill group and engine": _together(_signal(_KILL, "expert_group"), _signal(_KILL, "attention_shard", "engine_pid")),
-    "kill group and controller": _together(_signal(_KILL, "controller"), _signal(_KILL, "expert_group")),
-    "kill two groups": _together(_signal(_KILL, "expert_group"), _signal(_KILL, "expert_group")),
+    Attributes:
+        pools: which must be whole before it begins, and again before it is over; names of `Counts`, or "controller".
+    """
+
+    inject: Fault
+    pools: frozenset[str]
+
+
+_KILL, _STOP = signal.SIGKILL, signal.SIGSTOP
+_GROUPS, _SHARDS, _INGRESSES = (frozenset({pool}) for pool in ("groups", "shards", "ingresses"))
+_CONTROLLER = frozenset({"controller"})
+
+FAULTS: Mapping[str, Kind] = {
+    "kill group": Kind(_signal(_KILL, "expert_group"), _GROUPS),
+    "kill shard process": Kind(_signal(_KILL, "attention_shard", "shard_pid"), _SHARDS),
+    "kill engine": Kind(_signal(_KILL, "attention_shard", "engine_pid"), _SHARDS),
+    "kill shard replica": Kind(_signal(_KILL, "attention_shard"), _SHARDS),
+    "kill ingress": Kind(_signal(_KILL, "ingress"), _INGRESSES),
+    "kill controller": Kind(_signal(_KILL, "controller"), _CONTROLLER),
+    "stop group": Kind(_signal(_STOP, "expert_group"), _GROUPS),
+    "stop shard process": Kind(_signal(_STOP, "attention_shard", "shard_pid"), _SHARDS),
+    "stop engine": Kind(_signal(_STOP, "attention_shard", "engine_pid"), _SHARDS),
+    "pause group": Kind(_pause("expert_group", "pid"), _GROUPS),
+    "pause shard process": Kind(_pause("attention_shard", "shard_pid"), _SHARDS),
+    "pause engine": Kind(_pause("attention_shard", "engine_pid"), _SHARDS),
+    "slow group": Kind(slow_group, _GROUPS),
+    "cut channel": Kind(cut_channel, _GROUPS),
+    "cut group connection": Kind(cut_group_connection, _GROUPS),
+    "cut link": Kind(_link(sockets.cut, "cut", both_ends=False), _INGRESSES),
+    "half-open link": Kind(_link(sockets.deafen, "deafened", both_ends=True), _INGRESSES),
+    "garbage from group": Kind(garbage_group, _GROUPS),
+    "full /dev/shm": Kind(full_shm, frozenset()),
+    "more groups": Kind(_scale("experts", "groups", +1), _GROUPS),
+    "fewer groups": Kind(_scale("experts", "groups", -1), _GROUPS),
+    "more shards": Kind(_scale("attention", "shards", +1), _SHARDS),
+    "fewer shards": Kind(_scale("attention", "shards", -1), _SHARDS),
+    "kill group and engine": Kind(
+        _together(_signal(_KILL, "expert_group"), _signal(_KILL, "attention_shard", "engine_pid")), _GROUPS | _SHARDS
+    ),
+    "kill group and controller": Kind(
+        _together(_signal(_KILL, "controller"), _signal(_KILL, "expert_group")), _GROUPS | _CONTROLLER
+    ),
+    "kill two groups": Kind(_together(_signal(_KILL, "expert_group"), _signal(_KILL, "expert_group")), _GROUPS),
 }
 """By name. In a schedule, `more` comes before `fewer` of its kind."""
 

@@ -1,4 +1,4 @@
-"""A cluster, load on it, and one fault after the other: each begins when the cluster has recovered."""
+"""A cluster, load on it, and one fault after the other: each begins when what it harms is whole."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import random
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,10 +17,10 @@ from typing import Any
 from clusters import Cluster, cluster
 
 from chaos.asks import catalogue
-from chaos.faults import FAULTS, CannotInject, Context, Planned, Schedule
+from chaos.faults import FAULTS, SCALE_S, CannotInject, Context, Harm, Planned, Schedule
 from chaos.load import Load, reference, what_is_wrong
 from chaos.report import Event, Findings, attribute
-from chaos.watching import Counts, Watcher, is_whole, signs
+from chaos.watching import PERIOD_S, Counts, Watcher, is_whole, signs
 from moeray.cli.connection import ray_connection
 from moeray.tiny import checkpoint_path
 
@@ -38,7 +39,9 @@ class Plan:
     """What to run.
 
     Attributes:
-        seconds: faults are injected for so long; the last one may recover afterwards.
+        seconds: faults are injected for so long; the last ones may recover afterwards.
+        every_kind: and until each fault of the schedule was injected.
+        overlap: a fault begins as soon as the pools that it harms are whole, while others may be under repair.
         every: of the catalogue's asks, each so-many-th is used.
     """
 
@@ -48,6 +51,8 @@ class Plan:
     num_clients: int = 6
     every: int = 1
     whole: Counts = WHOLE
+    every_kind: bool = False
+    overlap: bool = False
 
 
 def configuration(whole: Counts) -> dict[str, Any]:
@@ -85,50 +90,117 @@ def run(plan: Plan, say: Say = print) -> Findings:
 
 def inject_all(plan: Plan, context: Context, say: Say) -> list[Event]:
     """One fault after the other until the time is used up, or one that the cluster does not get over."""
-    events: list[Event] = []
-    ends = time.monotonic() + plan.seconds
-    for planned in plan.schedule:
-        if time.monotonic() >= ends:
+    faults: list[Injected] = []
+    rounds, ends = Rounds(plan.schedule), time.monotonic() + plan.seconds
+    while time.monotonic() < ends or (plan.every_kind and not rounds.completed):
+        under_repair = [each for each in faults if not each.is_over.is_set()]
+        planned = None
+        if plan.overlap or not under_repair:
+            planned = rounds.take(frozenset().union(*(each.pools for each in under_repair)))
+        if planned is not None:
+            time.sleep(planned.pause_s)
+            faults.append(inject(planned, context, say))
+        elif any(each.is_overdue() for each in under_repair):
             break
-        event = inject(planned, context)
-        say(_told(event))
-        events.append(event)
-        if event.recovered_s is None and not event.skipped:
+        else:
+            time.sleep(PERIOD_S)
+    for each in faults:
+        if not each.is_over.wait(max(0.0, each.overdue_at - time.monotonic())):
+            each.give_up()
             say(f"not whole within {RECOVERY_S:g} s: {summary(context.watcher.state)}")
-            break
-    return events
+    return [each.event for each in faults]
 
 
-def inject(planned: Planned, context: Context) -> Event:
-    """One fault, watched until the cluster is whole again."""
-    time.sleep(planned.pause_s)
-    event, watcher = Event(planned.name, planned.seed), context.watcher
-    context.rng = random.Random(planned.seed)
-    before = signs(watcher.state)
-    event.began = event.ended = time.monotonic()
-    noticed: list[float] = []
+class Rounds:
+    """What is next: every fault of a schedule's round once, before any of the next one."""
 
-    def notice(now: float, state: dict[str, Any]) -> None:
-        if not noticed and signs(state) != before:
-            noticed.append(now)
+    def __init__(self, schedule: Schedule) -> None:
+        self._planned, self._size = iter(schedule), len(schedule.names)
+        self._round = self._next()
+        self.completed = 0
 
-    forget = watcher.listen(notice)
-    try:
-        harm = FAULTS[planned.name](context)
+    def take(self, busy: frozenset[str]) -> Planned | None:
+        """The first of this round that harms no busy pool, if any."""
+        for planned in self._round:
+            if not FAULTS[planned.name].pools & busy:
+                self._round.remove(planned)
+                if not self._round:
+                    self._round = self._next()
+                    self.completed += 1
+                return planned
+        return None
+
+    def _next(self) -> list[Planned]:
+        return [next(self._planned) for _ in range(self._size)]
+
+
+class Injected:
+    """One fault from its injection until the pools that it harmed are whole again, watched by the watcher's thread.
+
+    Attributes:
+        pools: which it harms.
+        harm: None until it is done.
+        overdue_at: when the cluster is given up.
+    """
+
+    def __init__(self, planned: Planned, context: Context, say: Say) -> None:
+        self.event = Event(planned.name, planned.seed)
+        self.pools = FAULTS[planned.name].pools
+        self.harm: Harm | None = None
+        self.is_over = threading.Event()
+        self._context, self._say = context, say
+        self._before = signs(context.watcher.state)
+        self.event.began = time.monotonic()
+        self.overdue_at = self.event.began + SCALE_S + RECOVERY_S
+        self._noticed: float | None = None
+        self._forget = context.watcher.listen(self._look)
+
+    def done(self, harm: Harm) -> None:
+        event = self.event
         event.what, event.cuts_clients = harm.what, harm.cuts_clients
         event.began = event.injected = harm.began or event.began
+        self.overdue_at = time.monotonic() + RECOVERY_S
+        self.harm = harm
+
+    def is_overdue(self) -> bool:
+        return time.monotonic() > self.overdue_at
+
+    def give_up(self, why_skipped: str = "") -> None:
+        """It was not injected, or the cluster did not get over it."""
+        self.event.skipped = why_skipped
+        self._end(time.monotonic())
+
+    def _look(self, now: float, state: dict[str, Any]) -> None:
+        if self._noticed is None and signs(state) != self._before:
+            self._noticed = now
+        harm, context = self.harm, self._context
+        if harm is None:
+            return
         # A state from before the harm has done its work would look whole.
-        watcher.wait(lambda _: bool(noticed), RECOVERY_S if harm.beyond_repair else UNNOTICED_S)
-        if watcher.wait(lambda state: is_whole(state, context.whole, harm.beyond_repair), RECOVERY_S):
-            event.recovered_s = time.monotonic() - event.began
+        has_worked = self._noticed is not None or (not harm.beyond_repair and now - self.event.began > UNNOTICED_S)
+        if has_worked and is_whole(state, context.whole, harm.beyond_repair, self.pools):
+            self.event.recovered_s = now - self.event.began
+            self._end(now)
+
+    def _end(self, now: float) -> None:
+        self._forget()
+        event = self.event
+        if self._noticed is not None:
+            event.noticed_s = max(0.0, self._noticed - event.began)
+        event.ended = now
+        self._say(_told(event))
+        self.is_over.set()
+
+
+def inject(planned: Planned, context: Context, say: Say) -> Injected:
+    """Returns when the harm is done, not when it is repaired."""
+    context.rng, context.harmed = random.Random(planned.seed), set()
+    fault = Injected(planned, context, say)
+    try:
+        fault.done(FAULTS[planned.name].inject(context))
     except (CannotInject, OSError) as error:
-        event.skipped = str(error)
-    finally:
-        forget()
-        if noticed:
-            event.noticed_s = max(0.0, noticed[0] - event.began)
-        event.ended = time.monotonic()
-    return event
+        fault.give_up(str(error))
+    return fault
 
 
 def wait_until_whole(watcher: Watcher, whole: Counts) -> None:

@@ -30,6 +30,8 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=300, help="inject faults for so long (default 300)")
+    parser.add_argument("--every-kind", action="store_true", help="and until each kind of fault was injected")
+    parser.add_argument("--overlap", action="store_true", help="inject while what other faults harmed is under repair")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--clients", type=int, default=6, metavar="N", help="requests at a time (default 6)")
     parser.add_argument("--ingresses", type=int, default=WHOLE.ingresses, metavar="N")
@@ -45,7 +47,11 @@ def main() -> int:
 
     schedule = Schedule(options.seed, options.only or list(FAULTS))
     whole = replace(WHOLE, ingresses=options.ingresses)
-    findings = run(Plan(options.seconds, options.seed, schedule, options.clients, whole=whole), say)
+    plan = Plan(
+        options.seconds, options.seed, schedule, options.clients,
+        whole=whole, every_kind=options.every_kind, overlap=options.overlap,
+    )  # fmt: skip
+    findings = run(plan, say)
     facts = {
         "machine": f"{os.cpu_count()} cores of {platform.machine()}",
         "commit": _commit(),

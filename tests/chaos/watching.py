@@ -72,15 +72,22 @@ def ready(state: dict[str, Any], role: str) -> list[dict[str, Any]]:
     return sorted(found, key=lambda each: (each.get("index", 0), each["id"]))
 
 
-def is_whole(state: dict[str, Any], counts: Counts, gone: Collection[int] = ()) -> bool:
-    """Every process there and ready, none of the pids `gone` among them, one generation in force, none on its way."""
+ROLE_OF = {"shards": "attention_shard", "groups": "expert_group", "ingresses": "ingress", "controller": "controller"}
+"""Pool -> role of its processes."""
+
+
+def is_whole(
+    state: dict[str, Any], counts: Counts, gone: Collection[int] = (), pools: Collection[str] = tuple(ROLE_OF)
+) -> bool:
+    """Every process of these pools there and ready, none of the pids `gone` among any; one generation, if of groups."""
     there = [each for each in state["processes"] if each["state"] != "lost"]
     pids = {each.get(key) for each in there for key in ("pid", "shard_pid", "engine_pid")}
-    numbers = [len(ready(state, role)) for role in ("attention_shard", "expert_group", "ingress")]
-    return (
-        not pids & set(gone)
-        and numbers == [counts.shards, counts.groups, counts.ingresses]
-        and bool(state["is_complete"])
+    if pids & set(gone):
+        return False
+    if any(len(ready(state, ROLE_OF[pool])) != getattr(counts, pool, 1) for pool in pools):
+        return False
+    return "groups" not in pools or (
+        bool(state["is_complete"])
         and not state.get("proposed")
         and state.get("oldest_generation", state["generation"]) == state["generation"]
     )

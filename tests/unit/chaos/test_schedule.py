@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Any
 
 from chaos.faults import FAULTS, Schedule
+from chaos.harness import Rounds
 from chaos.watching import Counts, is_whole
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,6 +23,22 @@ def test_the_same_seed_gives_the_same_faults_and_every_round_has_each_once(seed:
         assert names.index("more shards") < names.index("fewer shards")
 
 
+@given(st.integers(0, 2**32), st.lists(st.sampled_from(["", "groups", "shards", "ingresses"])))
+def test_what_harms_a_busy_pool_waits_and_nothing_is_forgotten(seed: int, busy: list[str]) -> None:
+    rounds, taken = Rounds(Schedule(seed)), []
+    for pool in busy + [""] * 2 * len(FAULTS):
+        planned = rounds.take(frozenset({pool}))
+        if planned is None:
+            continue
+        assert pool not in FAULTS[planned.name].pools
+        taken.append(planned.name)
+        if rounds.completed == 1:
+            break
+    assert sorted(taken) == sorted(FAULTS)
+    assert taken.index("more groups") < taken.index("fewer groups")
+    assert taken.index("more shards") < taken.index("fewer shards")
+
+
 def test_a_cluster_is_whole_only_without_what_cannot_be_repaired() -> None:
     roles = ["controller", "attention_shard", "attention_shard", "expert_group", "ingress"]
     processes: list[dict[str, Any]] = [
@@ -35,4 +52,6 @@ def test_a_cluster_is_whole_only_without_what_cannot_be_repaired() -> None:
     for change in ({"is_complete": False}, {"proposed": {"generation": 3}}, {"oldest_generation": 1}):
         assert not is_whole(state | change, counts)
     processes[3]["state"] = "starting"
-    assert not is_whole(state, counts)
+    assert not is_whole(state, counts) and not is_whole(state, counts, pools={"groups"})
+    assert is_whole(state, counts, pools={"shards", "ingresses", "controller"})
+    assert not is_whole(state, counts, {77}, pools={"ingresses"})
