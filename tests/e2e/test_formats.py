@@ -20,6 +20,6 @@ def test_the_quantised_model_answers_nearly_all_its_questions_exactly(
     with cluster({"model": str(directory), "experts": {"num_groups": 3}}) as running:
         wrong = wrong_answers(running, golden, running.status()["model"])
         assert len(wrong) <= 0.05 * len(golden), f"{len(wrong)} of {len(golden)} differ, first: {wrong[0]}"
-        groups = [group["experts"]["bytes"] for group in running.processes("expert_group")]
+        groups = [group["experts"]["bytes_read"] for group in running.processes("expert_group")]
         assert sum(groups) == checkpoint.bytes_of(filter(checkpoint.is_routed_expert, checkpoint.tensors))
         assert running.moeray("inspect", str(directory)).returncode == 0

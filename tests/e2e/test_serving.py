@@ -21,7 +21,7 @@ PROTO_ROOT = Path(__file__).resolve().parents[2] / "deployments" / "moeray" / "i
 def test_status_names_every_process_of_the_default_topology(shared_cluster: Cluster) -> None:
     state = shared_cluster.status()
     roles = [process["role"] for process in state["processes"] if process["state"] == "ready"]
-    assert (state["generation"], state["model"]) == (1, "moeray-tiny")
+    assert (state["is_complete"], state["model"]) == (True, "moeray-tiny")
     assert {role: roles.count(role) for role in roles} == {
         "controller": 1, "ingress": 1, "attention_shard": 2, "expert_group": 2,
     }  # fmt: skip

@@ -83,7 +83,7 @@ def test_shards_hold_no_routed_expert_and_groups_hold_every_one_exactly_once(sha
             held[int(layer)] += experts
     assert {layer: sorted(experts) for layer, experts in held.items()} == everything
     names = [name for layer in everything for name in checkpoint.expert_names(layer, everything[layer])]
-    assert num_bytes == checkpoint.bytes_of(names)
+    assert num_bytes == checkpoint.bytes_of(names)  # bf16 takes as much in memory as on disk
     for shard in shared_cluster.processes("attention_shard"):
         tensors = shard_info(shard["address"]).tensors
         assert tensors is not None
