@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clusters import Cluster
+from clusters import Cluster, is_running
 
 from chaos import sockets, weights
-from chaos.watching import Counts, Watcher
+from chaos.watching import PIDS, Counts, Watcher
 
 PAUSE_S = 2.0
 SLOW_S, SLOW_SHARE = 8.0, 100
@@ -49,7 +49,10 @@ class Context:
     harmed: set[str] = field(default_factory=set)
 
     def one(self, role: str) -> dict[str, Any]:
-        found = [each for each in self.watcher.processes(role) if each["id"] not in self.harmed]
+        found = [
+            each for each in self.watcher.processes(role)
+            if each["id"] not in self.harmed and all(is_running(each[key]) for key in PIDS if key in each)
+        ]  # fmt: skip
         if not found:
             raise CannotInject(f"no {role} is ready")
         victim = self.rng.choice(found)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from clusters import Cluster, cluster
 
 from chaos.asks import catalogue
@@ -198,7 +199,7 @@ def inject(planned: Planned, context: Context, say: Say) -> Injected:
     fault = Injected(planned, context, say)
     try:
         fault.done(FAULTS[planned.name].inject(context))
-    except (CannotInject, OSError) as error:
+    except (CannotInject, OSError, psutil.Error) as error:
         fault.give_up(str(error))
     return fault
 

@@ -15,6 +15,7 @@ from moeray.cli.errors import CommandError
 PERIOD_S = 0.1
 ASK_S = 5.0
 READY = "ready"
+PIDS = ("pid", "shard_pid", "engine_pid")
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def is_whole(
 ) -> bool:
     """Every process of these pools there and ready, none of the pids `gone` among any; one generation, if of groups."""
     there = [each for each in state["processes"] if each["state"] != "lost"]
-    pids = {each.get(key) for each in there for key in ("pid", "shard_pid", "engine_pid")}
+    pids = {each.get(key) for each in there for key in PIDS}
     if pids & set(gone):
         return False
     if any(len(ready(state, ROLE_OF[pool])) != getattr(counts, pool, 1) for pool in pools):
