@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import threading
 import time
@@ -43,6 +44,7 @@ class Plan:
         seconds: faults are injected for so long; the last ones may recover afterwards.
         every_kind: and until each fault of the schedule was injected.
         overlap: a fault begins as soon as the pools that it harms are whole, while others may be under repair.
+        logs: where the logs of the cluster's processes are kept.
         every: of the catalogue's asks, each so-many-th is used.
     """
 
@@ -54,6 +56,7 @@ class Plan:
     whole: Counts = WHOLE
     every_kind: bool = False
     overlap: bool = False
+    logs: Path | None = None
 
 
 def configuration(whole: Counts) -> dict[str, Any]:
@@ -85,6 +88,8 @@ def run(plan: Plan, say: Say = print) -> Findings:
             time.sleep(2)
         finally:
             load.stop()
+            if plan.logs is not None:
+                shutil.copytree(Path("/tmp/ray/session_latest/logs").resolve(), plan.logs, dirs_exist_ok=True)
         failures, quiet_stall_s = attribute(events, load.outcomes, lambda outcome: what_is_wrong(outcome, right))
         return Findings(plan.seed, events, len(load.outcomes), failures, quiet_stall_s)
 

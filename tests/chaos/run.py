@@ -37,6 +37,7 @@ def main() -> int:
     parser.add_argument("--ingresses", type=int, default=WHOLE.ingresses, metavar="N")
     parser.add_argument("--only", action="append", choices=[*FAULTS], help="this fault, may be given several times")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
+    parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep the logs of the cluster's processes there")
     parser.add_argument("--document", action="store_true", help="put the table into docs/faults.md")
     options = parser.parse_args()
 
@@ -49,12 +50,13 @@ def main() -> int:
     whole = replace(WHOLE, ingresses=options.ingresses)
     plan = Plan(
         options.seconds, options.seed, schedule, options.clients,
-        whole=whole, every_kind=options.every_kind, overlap=options.overlap,
+        whole=whole, every_kind=options.every_kind, overlap=options.overlap, logs=options.logs,
     )  # fmt: skip
     findings = run(plan, say)
     facts = {
         "machine": f"{os.cpu_count()} cores of {platform.machine()}",
         "commit": _commit(),
+        "kernel": f"{platform.release()}, sched_autogroup_enabled {_autogroup()}",
         "seed": str(options.seed),
     }
     print("\n" + as_text(rows(findings)) + "\n")
@@ -69,6 +71,14 @@ def main() -> int:
     if options.document:
         fill(ROOT / "docs" / "faults.md", findings, facts)
     return 0 if findings.is_good else 1
+
+
+def _autogroup() -> str:
+    """Whether sessions share the cores by session; see docs/faults.md."""
+    try:
+        return Path("/proc/sys/kernel/sched_autogroup_enabled").read_text().strip()
+    except OSError:
+        return "unknown"
 
 
 def _commit() -> str:

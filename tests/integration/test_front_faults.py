@@ -20,6 +20,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from moeray.attention_shard.link import KEEPALIVE_S
+from moeray.ingress.shard_pool import WAIT_S
 from moeray.v1 import inference_pb2 as pb
 from moeray.v1.inference_pb2_grpc import InferenceStub
 
@@ -112,7 +113,11 @@ def test_a_killed_shard_process_takes_its_engine_with_it_and_its_stream_waits_fo
     victim.process.kill()
 
     until(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE)
-    until(lambda: not ingress.server._pool.ready_shards)
+    pool = ingress.server._pool
+    until(lambda: not pool.ready_shards)
+    new = Asked(ingress, CHAT, chat(), stream=True)
+    until(lambda: pool.num_waiting == 2)
+    pool._last_ready -= WAIT_S  # a minute later
     status, answer, headers = ingress.post("/v1/chat/completions", chat())
     assert (status, "v1" in answer["error"]["message"], headers["retry-after"]) == (503, True, "1")
     assert ingress.post("/v1/chat/completions", chat(stream=True))[0] == 503
@@ -125,10 +130,12 @@ def test_a_killed_shard_process_takes_its_engine_with_it_and_its_stream_waits_fo
     status, health, _ = ingress.get("/health")
     assert status == 503 and health["shards"]["v1"]["state"] == "connecting"
     assert stream.is_alive() and stream.answer.error is None, "an accepted request waits"
+    assert new.is_alive() and new.answer.error is None, "and so does a new one"
 
     ingress.set_shards(shared_shard)
 
     stream.end().assert_same(expected, SAME_LOGPROB)
+    assert new.end().choices[0].text
     assert ingress.get("/health")[0] == 200
     assert ingress.post("/v1/chat/completions", chat())[0] == 200
 

@@ -1,7 +1,8 @@
 """The pool: which shard runs which request, and what happens when a shard goes.
 
 A request whose shard dies, hangs or drains goes on elsewhere, after the tokens that the client has. While no shard
-takes requests it waits for one. Implements `moeray.vllm_hooks.engine_core.RequestPool`. Single event loop.
+takes requests it waits for one, and so do new ones for as long. Implements
+`moeray.vllm_hooks.engine_core.RequestPool`. Single event loop.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
+from math import inf
 from typing import TYPE_CHECKING
 
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
@@ -30,7 +32,7 @@ logger = logging.getLogger(__name__)
 MAX_UNREAD_STEPS = 1000
 """Engine steps that may wait for the front; above it the links are not read, and the shards hold the rest."""
 WAIT_S = 60.0
-"""How long a request that was accepted waits for a shard."""
+"""How long a request waits for a shard, if `ingress.max_wait_s` is not shorter."""
 PAUSE_S = 0.5
 """A linked shard that refuses a request is left alone for so long."""
 
@@ -51,14 +53,17 @@ class ShardPool:
         hello: wire.Hello,
         limits: IngressConfig | None = None,
         *,
-        wait_s: float = WAIT_S,
+        wait_s: float | None = None,
         silence_s: float = SILENCE_S,
     ) -> None:
-        self.admission = Admission(limits or IngressConfig())
+        limits = limits or IngressConfig()
+        self.admission = Admission(limits)
         self.in_flight: dict[str, InFlight] = {}
         self.continued = 0
         self._hello = hello
-        self._wait_s, self._silence_s = wait_s, silence_s
+        self._wait_s = min(WAIT_S, limits.max_wait_s) if wait_s is None else wait_s
+        self._silence_s = silence_s
+        self._last_ready = -inf  # when a shard came or went; of use only while none is ready
         self._held = ""
         self._links: dict[str, ShardLink] = {}
         self._load: Counter[str] = Counter()
@@ -129,11 +134,13 @@ class ShardPool:
     async def _remove(self, shard: str) -> None:
         self._leaving.discard(shard)
         if (link := self._links.pop(shard, None)) is not None:
+            if link.state is LinkState.READY:
+                self._last_ready = asyncio.get_running_loop().time()
             await link.close()
             self._move_all(shard, None)
 
     def check_ready(self) -> None:
-        if not self.is_serving:
+        if self._held or not (self.ready_shards or self._was_ready_lately()):
             raise NoShardReady(self._held or self._why_none())
 
     def admit(self, need: Need) -> Place:
@@ -198,10 +205,15 @@ class ShardPool:
             self._place_waiting()
         return True
 
+    def _was_ready_lately(self) -> bool:
+        """Whether a request may wait for a shard: there was one, and its successor is due."""
+        return asyncio.get_running_loop().time() - self._last_ready < self._wait_s
+
     def _ready(self, _: ShardLink) -> None:
         self._place_waiting()
 
     def _lost(self, link: ShardLink, reason: str, died: bool) -> None:
+        self._last_ready = asyncio.get_running_loop().time()
         self._move_all(link.shard, reason if died else None)
 
     def _pause(self, shard: str) -> None:

@@ -74,7 +74,7 @@ class RequestPool(Protocol):
     """Where requests run. All methods are called on one event loop."""
 
     def check_ready(self) -> None:
-        """Raises NoShardReady if a request would find no shard now."""
+        """Raises NoShardReady if a request would find no shard now, nor is one due."""
         ...
 
     def admit(self, need: Need) -> Place:

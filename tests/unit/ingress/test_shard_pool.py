@@ -361,13 +361,13 @@ def test_a_request_waits_for_a_shard_and_then_goes_on() -> None:
             await begin(pool, a, 3)
             await a.stop()
             await all_ready(pool, 0)
-            with pytest.raises(NoShardReady):
-                pool.admit(NEED)
+            pool.admit(NEED)
+            await pool.add(request("new"))
             a.engine.running.clear()
             await a.start()
-            await until(lambda: "r+1" in a.engine.running)
+            await until(lambda: set(a.engine.running) == {"r+1", "new"})
             a.engine.step(4)
-            assert await passed_on(pool) == {"r": [4]}
+            assert await passed_on(pool) == {"r": [4], "new": [4]}
 
     asyncio.run(scenario())
 
@@ -381,6 +381,8 @@ def test_a_request_that_waits_too_long_fails_with_the_state_of_the_shards() -> N
             failed = await failure(pool)
             assert failed.request_id == "r" and isinstance(failed.error, NoShardReady)
             assert "0.3 s" in str(failed.error) and "(a: " in str(failed.error) and not pool.in_flight
+            with pytest.raises(NoShardReady, match=r"\(a: "):
+                pool.admit(NEED)
             await a.start()
 
     asyncio.run(scenario())
