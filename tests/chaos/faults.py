@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from clusters import Cluster, is_running
+from redis_server import RedisServer, missing
 
 from chaos import sockets, weights
 from chaos.watching import PIDS, Counts, Watcher
@@ -23,6 +24,7 @@ from chaos.watching import PIDS, Counts, Watcher
 PAUSE_S = 2.0
 SLOW_S, SLOW_SHARE = 8.0, 100
 FULL_S = 5.0
+DOWN_S = 7.0
 SCALE_S = 240.0
 
 
@@ -37,6 +39,7 @@ class Context:
     Attributes:
         whole: the numbers of processes that make the cluster whole now; scaling changes them.
         shm: the cluster's own /dev/shm as this process reaches it; None where it has none of its own.
+        redis: what keeps the controller's state; None where there is no server.
         harmed: processes chosen in this injection: several faults at once have different victims.
     """
 
@@ -46,6 +49,7 @@ class Context:
     checkpoint: Path
     whole: Counts
     shm: Path | None = None
+    redis: RedisServer | None = None
     harmed: set[str] = field(default_factory=set)
 
     def one(self, role: str) -> dict[str, Any]:
@@ -179,6 +183,33 @@ def full_shm(context: Context) -> Harm:
     return Harm(f"/dev/shm full ({written >> 20} MiB) for {FULL_S:g} s")
 
 
+def kill_redis(context: Context) -> Harm:
+    """And start it again, with what it had, after DOWN_S."""
+    server = _redis(context)
+    assert server.process is not None
+    pid = server.process.pid
+    server.kill()
+    time.sleep(DOWN_S)
+    server.start()
+    return Harm(f"Redis pid {pid} killed, another started after {DOWN_S:g} s")
+
+
+def stop_redis(context: Context) -> Harm:
+    """For DOWN_S, which is longer than the controller waits for it."""
+    server = _redis(context)
+    assert server.process is not None
+    server.process.send_signal(signal.SIGSTOP)
+    time.sleep(DOWN_S)
+    server.process.send_signal(signal.SIGCONT)
+    return Harm(f"Redis pid {server.process.pid} stopped for {DOWN_S:g} s")
+
+
+def _redis(context: Context) -> RedisServer:
+    if context.redis is None:
+        raise CannotInject(f"no Redis: {missing()}")
+    return context.redis
+
+
 def _scale(role: str, key: str, by: int) -> Fault:
     def inject(context: Context) -> Harm:
         count = getattr(context.whole, key) + by
@@ -226,6 +257,8 @@ FAULTS: Mapping[str, Kind] = {
     "kill shard replica": Kind(_signal(_KILL, "attention_shard"), _SHARDS),
     "kill ingress": Kind(_signal(_KILL, "ingress"), _INGRESSES),
     "kill controller": Kind(_signal(_KILL, "controller"), _CONTROLLER),
+    "kill Redis": Kind(kill_redis, _CONTROLLER),
+    "stop Redis": Kind(stop_redis, _CONTROLLER),
     "stop group": Kind(_signal(_STOP, "expert_group"), _GROUPS),
     "stop shard process": Kind(_signal(_STOP, "attention_shard", "shard_pid"), _SHARDS),
     "stop engine": Kind(_signal(_STOP, "attention_shard", "engine_pid"), _SHARDS),

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import Any
 
 import psutil
 from clusters import Cluster, cluster
+from redis_server import RedisServer, missing
 
 from chaos.asks import catalogue
 from chaos.faults import FAULTS, SCALE_S, CannotInject, Context, Harm, Planned, Schedule
@@ -59,14 +61,15 @@ class Plan:
     logs: Path | None = None
 
 
-def configuration(whole: Counts) -> dict[str, Any]:
-    """cluster.yaml: every expert in two groups, what hangs is killed after HANG_S, the rest as it comes."""
+def configuration(whole: Counts, redis: RedisServer | None) -> dict[str, Any]:
+    """cluster.yaml: every expert in two groups, what hangs is killed after HANG_S, state in Redis if there is one."""
     config = json.loads((checkpoint_path() / "config.json").read_text())
     return {
         "attention": {"num_shards": whole.shards},
         "experts": {"num_groups": whole.groups, "num_redundant": config["n_routed_experts"], "min_copies": 2},
         "health": {"hang_s": HANG_S},
         "ingress": {"num_replicas": whole.ingresses},
+        "redis": {"url": redis.url if redis is not None else ""},
     }
 
 
@@ -74,12 +77,17 @@ def run(plan: Plan, say: Say = print) -> Findings:
     """Everything; raises only if there is no cluster to begin with."""
     golden = json.loads((checkpoint_path() / "golden.json").read_text())
     asks = [ask for number, ask in enumerate(catalogue(golden, plan.seed)) if ask.flows or number % plan.every == 0]
-    with cluster(configuration(plan.whole), up_prefix=own_shm()) as running, connected(running) as watcher:
+    with contextlib.ExitStack() as stack:
+        redis = stack.enter_context(own_redis())
+        running = stack.enter_context(cluster(configuration(plan.whole, redis), up_prefix=own_shm()))
+        watcher = stack.enter_context(connected(running))
         say(f"cluster is up after {running.up_seconds:.0f} s; {len(asks)} asks, seed {plan.seed}")
         wait_until_whole(watcher, plan.whole)
         right = reference(asks, running.endpoints, plan.num_clients)
         say("fault-free answers are known")
-        context = Context(running, watcher, random.Random(plan.seed), checkpoint_path(), plan.whole, shm_of(running))
+        context = Context(
+            running, watcher, random.Random(plan.seed), checkpoint_path(), plan.whole, shm_of(running), redis
+        )
         load = Load(asks, running.endpoints, plan.num_clients, plan.seed)
         load.start()
         try:
@@ -234,6 +242,21 @@ def connected(running: Cluster) -> Iterator[Watcher]:
             yield watcher
         finally:
             watcher.stop()
+
+
+@contextlib.contextmanager
+def own_redis() -> Iterator[RedisServer | None]:
+    """A server, or None where there is none."""
+    if missing() is not None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="moeray-redis-") as folder:
+        server = RedisServer(Path(folder))
+        server.start()
+        try:
+            yield server
+        finally:
+            server.kill()
 
 
 def own_shm() -> list[str]:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
-import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import ray
+from redis_server import RedisServer, missing
 
 from moeray.controller.store import PASSWORD_VARIABLE, RedisStore, Store, StoreError, open_store
 
-SERVERS = ("redis-server", "valkey-server", "keydb-server")
 WAIT_S = 60.0
 
 
@@ -28,22 +25,13 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    binary = next((found for name in SERVERS if (found := shutil.which(name))), None)
-    if binary is None:
-        pytest.skip(f"RedisStore was NOT tested against a server: none of {', '.join(SERVERS)} is installed")
-    port, folder = free_port(), tmp_path_factory.mktemp("redis")
-    server = subprocess.Popen(
-        [binary, "--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder), "--save", ""],
-        stdout=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + WAIT_S
-    while socket.socket().connect_ex(("127.0.0.1", port)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    yield f"redis://127.0.0.1:{port}/0"
-    server.terminate()
-    server.wait(WAIT_S)
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    if (why := missing()) is not None:
+        pytest.skip(f"RedisStore was NOT tested against a server: {why}")
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.kill()
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +45,8 @@ def _ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(params=["ray", "redis"])
 def url(request: pytest.FixtureRequest) -> str:
     if request.param == "redis":
-        found: str = request.getfixturevalue("redis_url")
-        return found
+        server: RedisServer = request.getfixturevalue("redis_server")
+        return server.url
     request.getfixturevalue("_ray")
     return ""
 
@@ -72,6 +60,18 @@ def test_the_last_text_is_found_by_the_same_cluster_and_by_no_other(url: str) ->
     assert open_store(url, "other").load() is None
     store.delete()
     assert open_store(url, "one").load() is None
+    store.delete()
+
+
+def test_a_redis_that_was_killed_gives_the_text_back_when_it_is_there_again(redis_server: RedisServer) -> None:
+    store = open_store(redis_server.url, "killed")
+    store.save("text")
+    redis_server.kill()
+    for call in (store.load, lambda: store.save("lost")):
+        with pytest.raises(StoreError, match="redis"):
+            call()
+    redis_server.start()
+    assert store.load() == "text"
     store.delete()
 
 

@@ -1,0 +1,64 @@
+"""A Redis of a test's own on loopback: started, killed, started again with what it had."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sysconfig
+import time
+from pathlib import Path
+
+SERVERS = ("redis-server", "valkey-server", "keydb-server")
+WAIT_S = 60.0
+
+
+def missing() -> str | None:
+    """Why there can be none."""
+    return None if _binary() else f"none of {', '.join(SERVERS)} is installed"
+
+
+class RedisServer:
+    """See module docstring. Attributes: url: for clients. process: the server's, None while there is none."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port: int = probe.getsockname()[1]
+        self._folder = folder
+        self.url = f"redis://127.0.0.1:{self._port}/0"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Returns when it answers."""
+        binary = _binary()
+        assert binary is not None, missing()
+        options = {"bind": "127.0.0.1", "port": self._port, "dir": self._folder, "appendonly": "yes", "save": ""}
+        command = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+        self.process = subprocess.Popen([binary, *command], stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + WAIT_S
+        while not self._answers():
+            assert time.monotonic() < deadline and self.process.poll() is None, "Redis did not start"
+            time.sleep(0.05)
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait(WAIT_S)
+            self.process = None
+
+    def _answers(self) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self._port), 1) as connection:
+                connection.sendall(b"PING\r\n")
+                return connection.recv(7) == b"+PONG\r\n"
+        except OSError:
+            return False
+
+
+def _binary() -> str | None:
+    """The system's, or the one that the development environment brings."""
+    scripts = sysconfig.get_path("scripts")
+    return next(
+        (found for name in SERVERS for path in (None, scripts) if (found := shutil.which(name, path=path))), None
+    )
