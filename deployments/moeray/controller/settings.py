@@ -18,6 +18,10 @@ CONTROLLER_NAME = "moeray-controller"
 NAMESPACE = "moeray"
 
 
+GONE_TIMES = 3
+"""A process that hangs ends itself after `health.hang_s`; one that is silent for so many times as long is gone."""
+
+
 @dataclass(frozen=True, slots=True)
 class ControllerSettings:
     """The facts of one cluster. Replicas get them too, and must use nothing of it that scaling changes.
@@ -64,6 +68,7 @@ def controller_settings(config: ClusterConfig, shape: ModelShape | ServedModel) 
         layout=Layout(shape.num_layers, shape.num_experts, experts.num_redundant, experts.min_copies),
         delays=Delays(join_debounce_s=experts.join_debounce_s, regroup_s=experts.regroup_s),
         rebalance_s=experts.rebalance_s if num_groups else 0.0, redis_url=config.redis.url,
+        silence_s=GONE_TIMES * config.health.hang_s, return_s=GONE_TIMES * config.health.hang_s,
     )  # fmt: skip
 
 
