@@ -73,12 +73,14 @@ class Harm:
         cuts_clients: connections of clients are lost with it, which no protocol can go on with.
         beyond_repair: pids of which the cluster must be rid before it is whole.
         began: when, if preparing it took a while.
+        is_broken: the product did not do what it was told: the cluster does not count as whole again.
     """
 
     what: str
     cuts_clients: bool = False
     beyond_repair: frozenset[int] = frozenset()
     began: float | None = None
+    is_broken: bool = False
 
 
 Fault = Callable[[Context], Harm]
@@ -215,7 +217,7 @@ def _scale(role: str, key: str, by: int) -> Fault:
         count = getattr(context.whole, key) + by
         done = context.cluster.moeray("scale", f"{role}={count}", timeout_s=SCALE_S)
         if done.returncode:
-            raise CannotInject(f"moeray scale {role}={count}: {done.stderr.strip()[-300:]}")
+            return Harm(f"moeray scale {role}={count} failed: {done.stderr.strip()[-300:]}", is_broken=True)
         context.whole = Counts(**(vars(context.whole) | {key: count}))
         return Harm(f"moeray scale {role}={count}")
 
@@ -257,6 +259,8 @@ FAULTS: Mapping[str, Kind] = {
     "kill shard replica": Kind(_signal(_KILL, "attention_shard"), _SHARDS),
     "kill ingress": Kind(_signal(_KILL, "ingress"), _INGRESSES),
     "kill controller": Kind(_signal(_KILL, "controller"), _CONTROLLER),
+    "stop controller": Kind(_signal(_STOP, "controller"), _CONTROLLER),
+    "stop ingress": Kind(_signal(_STOP, "ingress"), _INGRESSES),
     "kill Redis": Kind(kill_redis, _CONTROLLER),
     "stop Redis": Kind(stop_redis, _CONTROLLER),
     "stop group": Kind(_signal(_STOP, "expert_group"), _GROUPS),

@@ -192,7 +192,7 @@ class Injected:
             return
         # A state from before the harm has done its work would look whole.
         has_worked = self._noticed is not None or (not harm.beyond_repair and now - self.event.began > UNNOTICED_S)
-        if has_worked and is_whole(state, context.whole, harm.beyond_repair, self.pools):
+        if has_worked and not harm.is_broken and is_whole(state, context.whole, harm.beyond_repair, self.pools):
             self.event.recovered_s = now - self.event.began
             self._end(now)
 

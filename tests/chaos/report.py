@@ -11,7 +11,8 @@ from statistics import median
 from chaos.clients import Outcome
 
 COLUMNS = (
-    "fault", "count", "noticed after", "longest stall", "failed", "wrong", "connections cut", "whole again after",
+    "fault", "count", "noticed after", "longest stall", "later stall", "failed", "wrong", "connections cut",
+    "whole again after",
 )  # fmt: skip
 NO_FAULT = "(none)"
 STALL_S = 8.0
@@ -27,6 +28,7 @@ class Event:
         noticed_s: until the cluster's account showed a sign of it; None if it never did.
         recovered_s: until the cluster was whole again; None if it was not in time.
         stall_s: longest gap in a stream that flows, of those that meet the first STALL_S after the injection.
+        repair_stall_s: of those that come later, until the cluster was whole again.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Event:
     noticed_s: float | None = None
     recovered_s: float | None = None
     stall_s: float = 0.0
+    repair_stall_s: float = 0.0
     failed: int = 0
     wrong: int = 0
     cut: int = 0
@@ -57,8 +60,10 @@ class Findings:
 
     @property
     def is_good(self) -> bool:
-        """Nothing failed or was wrong, and the cluster became whole after every fault."""
-        return not self.failures and all(each.skipped or each.recovered_s is not None for each in self.events)
+        """Something was asked and injected, nothing failed or was wrong, the cluster became whole after every fault."""
+        done = [each for each in self.events if not each.skipped]
+        is_whole = all(each.recovered_s is not None for each in done)
+        return bool(done) and self.num_requests > 0 and not self.failures and is_whole
 
 
 def attribute(
@@ -79,10 +84,13 @@ def attribute(
             hit = [each for each in done if each.injected <= end and each.injected + STALL_S >= begin]
             for each in hit:
                 each.stall_s = max(each.stall_s, end - begin)
+            for each in done:
+                if each.injected + STALL_S < begin <= each.ended:
+                    each.repair_stall_s = max(each.repair_stall_s, end - begin)
             if not any(each.began <= end and each.ended >= begin for each in done):
                 quiet_stall_s = max(quiet_stall_s, end - begin)
         blamed = met[-1] if met else None
-        excused = any(each.cuts_clients for each in done if each.began <= outcome.ended)
+        excused = any(each.cuts_clients for each in met)
         if blamed is not None:
             blamed.cut += outcome.cuts
         if outcome.answer is None or (outcome.cuts and not excused):
@@ -116,10 +124,11 @@ def rows(findings: Findings) -> list[tuple[str, ...]]:
         table.append((
             name, str(len(done)),
             _seconds([each.noticed_s for each in done]), _seconds([each.stall_s for each in done]),
+            _seconds([each.repair_stall_s or None for each in done]),
             str(sum(each.failed for each in done)), str(sum(each.wrong for each in done)),
             str(sum(each.cut for each in done)), _seconds([each.recovered_s for each in done], missing="never"),
         ))  # fmt: skip
-    table.append((NO_FAULT, "", "", _seconds([findings.quiet_stall_s]), "", "", "", ""))
+    table.append((NO_FAULT, "", "", _seconds([findings.quiet_stall_s]), "", "", "", "", ""))
     return table
 
 

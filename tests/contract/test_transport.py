@@ -367,7 +367,7 @@ def test_a_group_of_a_newer_generation_refuses_calls_and_shards_of_the_old(group
     [
         ({"fingerprint": "other"}, "fingerprint is .* at expert group 0, 'other' at shard test"),
         ({"hidden_size": 128}, "hidden_size is 64 at expert group 0, 128 at shard test"),
-        ({"moeray_version": "9"}, "moeray_version is 'test' at expert group 0, '9' at shard test"),
+        ({"rows_version": 9}, "rows_version is 1 at expert group 0, 9 at shard test"),
     ],
 )
 def test_a_shard_of_another_model_is_refused(

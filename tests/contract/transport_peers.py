@@ -76,7 +76,6 @@ class Model:
             num_experts=self.num_experts,
             num_layers=NUM_LAYERS,
             dtype=self.dtype,
-            moeray_version="test",
         )
 
     def weights(self, layer: int, expert: int) -> ExpertWeights:

@@ -17,8 +17,7 @@ import json
 import socket
 import struct
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import asdict, dataclass, fields
 from time import monotonic
 from typing import Any, get_args
 
@@ -26,17 +25,12 @@ from moeray.config import RowFormatName
 from moeray.transport.errors import HandshakeRefused
 
 PROTOCOL = 2
+ROWS_VERSION = 1
+"""Grows when an upgrade changes a row's bits. Versions of moeray that have the same serve side by side, while one pool
+after the other is upgraded."""
 MAX_MESSAGE_BYTES = 64 * 1024
 MAX_TOKENS = 1 << 20
 MAX_CHANNEL_NAME = 100  # an AF_UNIX address holds 107
-
-
-def installed_version() -> str:
-    """Version of the installed package; "source" when it runs from a checkout that is not installed."""
-    try:
-        return version("moeray")
-    except PackageNotFoundError:
-        return "source"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +40,7 @@ class ModelIdentity:
     Attributes:
         fingerprint: content id of weights and config.
         dtype: torch's name of the rows' dtype ("bfloat16").
+        rows_version: see ROWS_VERSION.
     """
 
     fingerprint: str
@@ -54,7 +49,7 @@ class ModelIdentity:
     num_experts: int
     num_layers: int
     dtype: str
-    moeray_version: str = field(default_factory=installed_version)
+    rows_version: int = ROWS_VERSION
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

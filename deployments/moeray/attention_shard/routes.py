@@ -34,7 +34,7 @@ class RouteServer:
         self._on_accused = on_accused
         self._workers: dict[asyncio.StreamWriter, dict[str, Any]] = {}
         self._changed = asyncio.Condition()
-        self._number = 0
+        self._number = self._num_workers = 0
         self._server: asyncio.AbstractServer | None = None
 
     async def start(self) -> str:
@@ -49,14 +49,15 @@ class RouteServer:
         Raises:
             TimeoutError: they did not come.
         """
+        self._num_workers = num_workers
         async with self._changed:
-            await asyncio.wait_for(self._changed.wait_for(lambda: len(self._workers) >= num_workers), CONNECTED_S)
+            await asyncio.wait_for(self._changed.wait_for(lambda: not self._are_missing()), CONNECTED_S)
 
     async def publish(self, route: Route) -> None:
         """Tell all workers; returns when each has moved.
 
         Raises:
-            RouteRefused: one of them could not, or a newer route was published meanwhile.
+            RouteRefused: one of them could not or is gone, or a newer route was published meanwhile.
         """
         self._number += 1
         number = self._number
@@ -67,13 +68,22 @@ class RouteServer:
             worker.write(line)
         async with self._changed:
             await self._changed.wait_for(
-                lambda: self._number != number or all(each.get("number") == number for each in self._workers.values())
+                lambda: (
+                    self._number != number
+                    or self._are_missing()
+                    or all(each.get("number") == number for each in self._workers.values())
+                )
             )
         if self._number != number:
             raise RouteRefused("a newer route has come")
+        if self._are_missing():
+            raise RouteRefused(f"{len(self._workers)} of {self._num_workers} workers follow routes")
         errors = [each["error"] for each in self._workers.values() if "error" in each]
         if errors:
             raise RouteRefused(errors[0])
+
+    def _are_missing(self) -> bool:
+        return len(self._workers) < self._num_workers
 
     async def _hold(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection: socket.socket = writer.get_extra_info("socket")

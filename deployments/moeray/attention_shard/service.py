@@ -36,7 +36,7 @@ class ShardService:
         self._spec, self._engine = spec, engine
         self._generation = 0
         self._connecting = asyncio.Lock()
-        self._routes: RouteServer | None = None
+        self._routes: asyncio.Task[RouteServer] | None = None
         self._on_accused = on_accused
         self._lost = False
         self._server = grpc.aio.server(options=wire.CHANNEL_OPTIONS)
@@ -103,17 +103,22 @@ class ShardService:
 
     async def _move(self, route: Route) -> None:
         """Raises whatever kept the engine from moving to this route."""
-        async with self._connecting:
-            if self._routes is None:
-                self._routes = routes = RouteServer(self._on_accused)
-                await self._engine.call_worker("moeray_follow_routes", await routes.start())
-                await routes.connected(self._engine.num_workers)
-        await self._routes.publish(route)  # not under the lock: a newer route must get through to a step that waits
+        if self._routes is None or (self._routes.done() and self._routes.exception() is not None):
+            self._routes = asyncio.create_task(self._feed())
+        routes = await asyncio.shield(self._routes)  # who asks first may give up meanwhile: the next one needs it, too
+        await routes.publish(route)  # not under the lock: a newer route must get through to a step that waits
         async with self._connecting:
             if not self._generation:
                 await self._engine.call_worker("moeray_choose_micro_batches")
             self._generation = max(self._generation, route.generation)
             self.relay.not_ready = None
+
+    async def _feed(self) -> RouteServer:
+        """With every worker of the engine connected."""
+        routes = RouteServer(self._on_accused)
+        await self._engine.call_worker("moeray_follow_routes", await routes.start())
+        await routes.connected(self._engine.num_workers)
+        return routes
 
     async def _info(self, data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
         try:

@@ -22,6 +22,7 @@ from moeray.controller.rebalance import rebalance
 from moeray.controller.redundancy import describe_generations
 from moeray.controller.settings import CONTROLLER_NAME, NAMESPACE, ControllerSettings
 from moeray.controller.store import Store, open_store
+from moeray.health import guard
 from moeray.membership import Membership, MemberState, Role, SnapshotError, View
 from moeray.membership.snapshot import from_json
 from moeray.placement import CoreShare, Machine, Placement, Wanted
@@ -215,7 +216,7 @@ class Controller:
             self._tasks.append(asyncio.create_task(rebalancing))
 
     async def _tick(self) -> None:
-        returned_by = time.monotonic() + self._settings.return_s
+        returned_by = time.monotonic() + self._settings.silence_s
         while True:
             await asyncio.sleep(TICK_S)
             if self._state.awaited and time.monotonic() > returned_by:
@@ -265,10 +266,14 @@ class Controller:
 
 
 class ControllerActor(Controller):
-    """The actor: its state is kept under its id, which a restart does not change and another cluster never has."""
+    """The actor: its state is kept under its id, which a restart does not change and another cluster never has.
+
+    Ray starts another when it ends, which it does, too, when it hangs.
+    """
 
     def __init__(self, settings: ControllerSettings) -> None:
         super().__init__(settings, open_store(settings.redis_url, ray.get_runtime_context().get_actor_id()))
+        self._watched = guard(settings.hang_s)
 
 
 def _node_id() -> str:

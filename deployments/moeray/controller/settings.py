@@ -34,9 +34,7 @@ class ControllerSettings:
         rebalance_s: how often copies are placed anew by load; 0 is never.
         redis_url: where the state is kept; empty is Ray's own store.
         beat_s: how often a member says that it is alive.
-        silence_s: a member that is silent for longer is lost. A closed connection is noticed at once, so this only
-            catches hung processes and lost nodes; it is far above a beat so that load alone evicts nobody.
-        return_s: members that do not come back to a restarted controller by then are lost.
+        hang_s: when the controller itself counts as hung.
     """
 
     model: str
@@ -46,8 +44,16 @@ class ControllerSettings:
     rebalance_s: float = 0.0
     redis_url: str = ""
     beat_s: float = 1.0
-    silence_s: float = 30.0
-    return_s: float = 30.0
+    hang_s: float = 10.0
+
+    @property
+    def silence_s(self) -> float:
+        """A member that is silent for longer, or has not come back to a restarted controller by then, is lost.
+
+        A closed connection is noticed at once, and a hung process ends itself, so this only catches lost nodes; it is
+        far above a beat so that load alone evicts nobody.
+        """
+        return GONE_TIMES * self.hang_s
 
 
 def controller_settings(config: ClusterConfig, shape: ModelShape | ServedModel) -> ControllerSettings:
@@ -68,7 +74,7 @@ def controller_settings(config: ClusterConfig, shape: ModelShape | ServedModel) 
         layout=Layout(shape.num_layers, shape.num_experts, experts.num_redundant, experts.min_copies),
         delays=Delays(join_debounce_s=experts.join_debounce_s, regroup_s=experts.regroup_s),
         rebalance_s=experts.rebalance_s if num_groups else 0.0, redis_url=config.redis.url,
-        silence_s=GONE_TIMES * config.health.hang_s, return_s=GONE_TIMES * config.health.hang_s,
+        hang_s=config.health.hang_s,
     )  # fmt: skip
 
 

@@ -290,14 +290,16 @@ class Hop:
         """Compute a failed call once more, as often as it takes."""
         started = perf_counter_ns()
         deadline = monotonic() + self._wait_s
-        answers = 0
+        blamed: set[str] = set()
         while True:
             self.costs.failures += 1
             logger.warning("layer %d: %s", call.layer, failure)
-            answers += isinstance(failure, GroupFailed)
-            is_its_own_fault = answers > 1 or (answers and not bool(call.x_TD.isfinite().all()))
-            if is_its_own_fault or self._route is None or not self._route.addresses:
-                raise failure  # two groups say so, or its input, or there is no other group (local)
+            if self._route is None or not self._route.addresses:
+                raise failure  # there is no other group (local)
+            if isinstance(failure, GroupFailed):
+                blamed.add(self._route.groups[failure.group])
+                if len(blamed) > 1 or not bool(call.x_TD.isfinite().all()):
+                    raise failure  # two groups say so, or its input
             self._judge(self._route, failure)
             transport = self._reconnected(call, failure, deadline)
             try:
@@ -351,7 +353,7 @@ class Hop:
 
     def _beyond_doubt(self) -> dict[int, Blame]:
         """Bad groups that need not be tried again."""
-        return {group: blame for group, blame in self._bad.items() if not blame.is_doubtful}
+        return {group: blame for group, blame in dict(self._bad).items() if not blame.is_doubtful}
 
     def _can_carry(self, route: Route, call: LayerCall) -> bool:
         """Whether all experts that this call needs have a copy that is there."""

@@ -103,6 +103,8 @@ class RouteFeed:
                 each.heal()
             except TransportError as error:
                 logger.info("still left out: %s", error)
+            except Exception:  # the thread must live, as in `_move`
+                logger.exception("route feed: trying groups again that were left out")
 
     def _say(self, message: dict[str, Any]) -> None:
         try:

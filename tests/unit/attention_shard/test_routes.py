@@ -93,6 +93,23 @@ def test_a_worker_that_cannot_move_says_why_and_stays_where_it_was() -> None:
     run(story())
 
 
+def test_one_worker_that_cannot_move_or_is_gone_is_enough_to_refuse() -> None:
+    async def story() -> None:
+        engines = [Engine(), Engine(refused=(2,))]
+        server = await following(engines, [])
+        await server.publish(route(1))
+        with pytest.raises(RouteRefused, match="generation 2 is unknown there"):
+            await server.publish(route(2))
+        assert engines[1].feed is not None
+        engines[1].feed.close()
+        while len(server._workers) > 1:
+            await asyncio.sleep(0.01)
+        with pytest.raises(RouteRefused, match="1 of 2 workers"):
+            await server.publish(route(3))
+
+    run(story())
+
+
 def test_a_newer_route_ends_the_waiting_for_an_older_one() -> None:
     async def story() -> None:
         engine = Engine()

@@ -48,6 +48,34 @@ def test_a_wrong_answer_fails_the_run() -> None:
     assert one.wrong == 1 and not Findings(1, [one], 1, failures).is_good
 
 
+def test_an_old_fault_excuses_no_later_cut() -> None:
+    ingress = event("kill ingress", 10, 12, cuts_clients=True)
+    failures, _ = attribute([ingress], [outcome(13, 14, cuts=1)], never_wrong)
+    assert len(failures) == 1
+
+
+def test_a_late_gap_is_the_repairs() -> None:
+    one = event("a", 10, 40)
+    attribute([one], [outcome(9, 60, 9.5, 20.0, 31.0, 31.1)], never_wrong)
+    assert (one.stall_s, one.repair_stall_s) == (10.5, 11.0)
+
+
+def test_a_run_without_requests_or_faults_is_no_good() -> None:
+    assert not Findings(1, [], 5).is_good and not Findings(1, [event("a", 1, 2)], 0).is_good
+    assert not Findings(1, [Event("b", 1, skipped="no channel")], 5).is_good
+
+
+def test_an_aborted_stream_is_compared_as_far_as_it_goes() -> None:
+    def said(content: str) -> str:
+        return json.dumps([[[0, {"content": content, "reasoning": ""}]], None])
+
+    ask = Ask("aborted", "http", {"stream": True}, abort_after=2)
+    right = {"aborted": Outcome(ask, 0, 1, answer=said("abc"))}
+    assert [bool(what_is_wrong(Outcome(ask, 0, 1, answer=said(text)), right)) for text in ("ab", "abcd", "ax")] == [
+        False, False, True,
+    ]  # fmt: skip
+
+
 def test_a_broken_connection_is_excused_only_where_what_it_led_to_was_killed() -> None:
     group, ingress = event("kill group", 10, 12), event("kill ingress", 20, 22, cuts_clients=True)
     failures, _ = attribute([group, ingress], [outcome(9, 11, cuts=1), outcome(19, 21, cuts=2)], never_wrong)
@@ -57,7 +85,7 @@ def test_a_broken_connection_is_excused_only_where_what_it_led_to_was_killed() -
 def test_a_cluster_that_stays_broken_is_no_good_and_a_fault_that_could_not_be_injected_is_shown() -> None:
     broken, skipped = event("a", 1, 2), Event("b", 1, skipped="no channel")
     broken.recovered_s = None
-    assert not Findings(1, [broken], 1).is_good and Findings(1, [skipped], 1).is_good
+    assert not Findings(1, [broken], 1).is_good and Findings(1, [event("a", 1, 2), skipped], 1).is_good
     text = as_text(rows(Findings(1, [broken, skipped], 1)))
     assert "never" in text and "not injected: no channel" in text
 

@@ -21,8 +21,8 @@ from moeray.membership import Delays, MembershipError, View
 from moeray.membership.snapshot import to_json
 from moeray.placement import Cpu, Layout, Machine, Wanted
 
-ONE = {"fingerprint": "abc", "moeray_version": "1"}
-OTHER = {"fingerprint": "def", "moeray_version": "1"}
+ONE = {"fingerprint": "abc", "rows_version": 1}
+OTHER = {"fingerprint": "def", "rows_version": 1}
 SETTINGS = ControllerSettings(
     model="m", num_groups=2, layout=Layout(num_layers=3, num_experts=8, num_redundant=8, min_copies=2)
 )
@@ -213,7 +213,7 @@ async def test_members_that_do_not_come_back_to_a_restarted_controller_are_lost(
     await cluster.formed()
     await until(lambda: store.text == to_json(cluster.controller._state))
     await cluster.close()
-    successor = Cluster(dataclasses.replace(SETTINGS, return_s=0.3), store)
+    successor = Cluster(dataclasses.replace(SETTINGS, hang_s=0.1), store)
     await successor.join("attention_shard", "s0", index=0, generation=1)
     await until(lambda: not successor.controller._state.awaited)
     view = await successor.view()

@@ -7,7 +7,7 @@ from memberships import LAYOUT, adopted, prepared, start, with_group, with_shard
 
 from moeray.membership import Membership, Role
 
-ONE = {"fingerprint": "abc", "dtype": "bfloat16", "moeray_version": "1"}
+ONE = {"fingerprint": "abc", "dtype": "bfloat16", "rows_version": 1}
 OTHER = {**ONE, "fingerprint": "def"}
 
 
@@ -122,10 +122,10 @@ def test_all_processes_may_change_to_another_model_together(state: Membership) -
 
 
 def test_every_value_that_differs_is_named(state: Membership) -> None:
-    state = ready(ready(state, "g0", ONE), "g1", {"fingerprint": "abc", "dtype": "float32", "moeray_version": "2"})
+    state = ready(ready(state, "g0", ONE), "g1", {"fingerprint": "abc", "dtype": "float32", "rows_version": 2})
     (text,) = state.view().mismatches.values()
-    assert "has dtype 'float32', moeray_version '2'; " in text
-    assert text.endswith("has dtype 'bfloat16', moeray_version '1'")
+    assert "has dtype 'float32', rows_version 2; " in text
+    assert text.endswith("has dtype 'bfloat16', rows_version 1")
 
 
 def test_shards_that_keep_their_experts_are_compared_with_each_other() -> None:

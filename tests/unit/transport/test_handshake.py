@@ -18,9 +18,7 @@ from moeray.transport.errors import HandshakeRefused
 from moeray.transport.handshake import MAX_MESSAGE_BYTES, Hello, ModelIdentity, Start, receive_message, send_message
 from moeray.transport.rendezvous import keep_alive_all
 
-IDENTITY = ModelIdentity(
-    fingerprint="f00d", hidden_size=64, top_k=2, num_experts=8, num_layers=2, dtype="bfloat16", moeray_version="1"
-)
+IDENTITY = ModelIdentity(fingerprint="f00d", hidden_size=64, top_k=2, num_experts=8, num_layers=2, dtype="bfloat16")
 SHARD = Hello(sender="shard a", backend="gloo", group=1, generation=4, inline_rows=8, max_tokens=9, identity=IDENTITY)
 GROUP = replace(SHARD, sender="expert group 1", inline_rows=1)
 
@@ -53,8 +51,8 @@ def test_a_different_place_is_named_by_field_and_both_values(field: str, value: 
 
 
 def test_a_different_release_is_named_before_what_follows_from_it() -> None:
-    other = replace(SHARD, identity=replace(IDENTITY, moeray_version="2", dtype="float32"))
-    assert "moeray_version" in str(GROUP.disagreement(other))
+    other = replace(SHARD, identity=replace(IDENTITY, rows_version=2, dtype="float32"))
+    assert "rows_version" in str(GROUP.disagreement(other))
 
 
 def test_a_hello_survives_the_wire(pair: tuple[socket.socket, socket.socket]) -> None:
