@@ -18,14 +18,18 @@ def missing() -> str | None:
     return None if _binary() else f"none of {', '.join(SERVERS)} is installed"
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 class RedisServer:
     """See module docstring. Attributes: url: for clients. process: the server's, None while there is none."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port: int = probe.getsockname()[1]
-        self._folder = folder
+        self._port, self._folder = free_port(), folder
         self.url = f"redis://127.0.0.1:{self._port}/0"
         self.process: subprocess.Popen[bytes] | None = None
 

@@ -28,19 +28,7 @@ def main() -> int:
     from chaos.harness import WHOLE, Plan, run
     from chaos.report import as_text, fill, rows
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=300, help="inject faults for so long (default 300)")
-    parser.add_argument("--every-kind", action="store_true", help="and until each kind of fault was injected")
-    parser.add_argument("--overlap", action="store_true", help="inject while what other faults harmed is under repair")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--clients", type=int, default=6, metavar="N", help="requests at a time (default 6)")
-    parser.add_argument("--ingresses", type=int, default=WHOLE.ingresses, metavar="N")
-    parser.add_argument("--only", action="append", choices=[*FAULTS], help="this fault, may be given several times")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
-    parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep the logs of the cluster's processes there")
-    parser.add_argument("--document", action="store_true", help="put the table into docs/faults.md")
-    options = parser.parse_args()
-
+    options = _options()
     started = time.monotonic()
 
     def say(text: str) -> None:
@@ -71,6 +59,24 @@ def main() -> int:
     if options.document:
         fill(ROOT / "docs" / "faults.md", findings, facts)
     return 0 if findings.is_good else 1
+
+
+def _options() -> argparse.Namespace:
+    from chaos.faults import FAULTS
+    from chaos.harness import WHOLE
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=300, help="inject faults for so long (default 300)")
+    parser.add_argument("--every-kind", action="store_true", help="and until each kind of fault was injected")
+    parser.add_argument("--overlap", action="store_true", help="inject while what other faults harmed is under repair")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--clients", type=int, default=6, metavar="N", help="requests at a time (default 6)")
+    parser.add_argument("--ingresses", type=int, default=WHOLE.ingresses, metavar="N")
+    parser.add_argument("--only", action="append", choices=[*FAULTS], help="this fault, may be given several times")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
+    parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep the logs of the cluster's processes there")
+    parser.add_argument("--document", action="store_true", help="put the table into docs/faults.md")
+    return parser.parse_args()
 
 
 def _autogroup() -> str:

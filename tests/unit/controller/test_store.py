@@ -10,18 +10,11 @@ from pathlib import Path
 
 import pytest
 import ray
-from redis_server import RedisServer, missing
+from redis_server import RedisServer, free_port, missing
 
 from moeray.controller.store import PASSWORD_VARIABLE, RedisStore, Store, StoreError, open_store
 
 WAIT_S = 60.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.fixture(scope="module")
