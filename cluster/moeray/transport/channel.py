@@ -31,7 +31,7 @@ from torch import Tensor
 from moeray.config import ChannelUsers
 from moeray.transport.arena import Arena
 from moeray.transport.communicator import LinkBroken, Message
-from moeray.transport.errors import LATE
+from moeray.transport.errors import no_answer
 
 CALL = struct.Struct("=4q")  # offset and bytes of the message and of the reply's room
 ANSWER = struct.Struct("=q")  # bytes of the reply
@@ -111,7 +111,7 @@ class Channels:
             elif now < deadline:
                 left_ms = 1e3 * (deadline - now)
             else:
-                raise LinkBroken(min(pending), f"{LATE} within {timeout_s:g} s")
+                raise LinkBroken(min(pending), no_answer(timeout_s))
             events = self._poll.poll(left_ms)
             if not events:
                 os.sched_yield()  # the relay may share this core

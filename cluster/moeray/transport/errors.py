@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-LATE = "no answer"
-"""How the reasons of links begin that have waited for long enough."""
+_NO_ANSWER = "no answer"
+
+
+def no_answer(timeout_s: float | None) -> str:
+    """The reason of a link that has waited for long enough; None where nobody said how long that is."""
+    return f"{_NO_ANSWER} in time" if timeout_s is None else f"{_NO_ANSWER} within {timeout_s:g} s"
 
 
 class TransportError(RuntimeError):
@@ -23,7 +27,7 @@ class PeerLost(TransportError):
     @property
     def is_late(self) -> bool:
         """Whether it gave no sign at all: it may merely be slow."""
-        return self.reason.startswith(LATE)
+        return self.reason.startswith(_NO_ANSWER)
 
 
 class StaleGeneration(TransportError):

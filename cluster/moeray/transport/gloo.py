@@ -22,7 +22,7 @@ import torch
 from torch.distributed import ProcessGroupGloo, Store  # type: ignore[attr-defined]
 
 from moeray.transport.communicator import LinkBroken, Message
-from moeray.transport.errors import LATE
+from moeray.transport.errors import no_answer
 
 FOREVER = timedelta(days=3650)
 AT_ONCE = timedelta(milliseconds=1)  # Gloo's smallest; zero would mean the group's own timeout
@@ -116,7 +116,7 @@ class GlooCommunicator:
 
 def _reason(message: str, timeout_s: float | None) -> str:
     if "Timed out" in message or "timeout" in message.lower():
-        return f"{LATE} in time" if timeout_s is None else f"{LATE} within {timeout_s:g} s"
+        return no_answer(timeout_s)
     if "closed by peer" in message or "reset by peer" in message or "Broken pipe" in message:
         return "connection closed by peer"
     return message.splitlines()[0][:160]

@@ -8,7 +8,7 @@ from time import monotonic
 import torch
 
 from moeray.transport.communicator import Communicator, Flight, LinkBroken, Message
-from moeray.transport.errors import LATE
+from moeray.transport.errors import no_answer
 
 
 class MixedFlight:
@@ -26,7 +26,7 @@ class MixedFlight:
                 flight.wait(None if deadline is None else max(0.0, deadline - monotonic()))
             except LinkBroken as error:
                 late = deadline is not None and monotonic() >= deadline
-                reason = f"{LATE} within {timeout_s:g} s" if late else error.reason
+                reason = no_answer(timeout_s) if late else error.reason
                 broken = (ranks[error.peer] if error.peer >= 0 else -1), reason
             del flight
         if broken is not None:

@@ -25,7 +25,7 @@ import torch
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from moeray.transport.communicator import LinkBroken, Message
-from moeray.transport.errors import LATE
+from moeray.transport.errors import no_answer
 
 PeerGone = Callable[[], int | None]
 """Rank of a peer whose rendezvous connection has ended, or None. Does not block."""
@@ -51,7 +51,7 @@ class NcclFlight:
             if gone is not None:
                 broken = gone, "connection closed by peer"
             elif timeout_s is not None and waited > timeout_s:
-                broken = -1, f"{LATE} within {timeout_s:g} s"
+                broken = -1, no_answer(timeout_s)
             else:
                 sleep(POLL_S if waited < SPIN_S else SLOW_POLL_S)
         if broken is None and self._work.exception() is not None:
