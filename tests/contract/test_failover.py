@@ -30,8 +30,18 @@ def hops() -> Iterator[list[Hop]]:
         hop.close()
 
 
-def hop_to(hops: list[Hop], addresses: list[str], slots: tuple[int, ...] = COPIES, number: int = 0) -> Hop:
-    """A hop that has moved to generation 1."""
+def hop_to(
+    hops: list[Hop],
+    addresses: list[str],
+    slots: tuple[int, ...] = COPIES,
+    number: int = 0,
+    accused: list[tuple[str, bool]] | None = None,
+) -> Hop:
+    """A hop that has moved to generation 1.
+
+    Args:
+        accused: whom it accuses, and whether it is certain.
+    """
     spec = spec_of(SMALL, shard_number=number, patience_s=PATIENCE_S)
 
     def connector(route: Route, absent: frozenset[int], in_a_hurry: bool) -> Transport:
@@ -39,7 +49,7 @@ def hop_to(hops: list[Hop], addresses: list[str], slots: tuple[int, ...] = COPIE
         return connect(now, route.placement, route.addresses, absent=absent)
 
     hop = Hop()
-    hop.set_up(connector)
+    hop.set_up(connector, lambda group, _, certain: None if accused is None else accused.append((group, certain)))
     hop.follow(Route(spread(SMALL, slots), ("group-0", "group-1"), tuple(addresses)))
     hops.append(hop)
     return hop
@@ -97,6 +107,34 @@ def test_a_stopped_group_costs_the_patience_and_no_more(mortal_groups: list[Peer
             hop.heal()
     assert hop.left_out == {}
     assert torch.equal(rows(hop, 5), expected(5))
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_a_group_a_hundred_times_slower_is_left_out_though_it_answers(
+    groups: list[Peer], links: str, hops: list[Hop], slow: int
+) -> None:
+    _, fast_ones = serve(groups, SMALL, COPIES)
+    _, slow_ones = serve(groups, SMALL, COPIES, delay_s=0.03)
+    addresses, accused = list(fast_ones), []
+    addresses[slow] = slow_ones[slow]
+    hop = hop_to(hops, addresses, accused=accused)
+    for _ in range(400):
+        assert torch.equal(rows(hop, 5), expected(5))
+        if hop.left_out:
+            break
+    assert list(hop.left_out) == [slow]
+    assert accused == [(f"group-{slow}", False)]
+    assert torch.equal(rows(hop, 5), expected(5))
+    hop.heal()
+    assert hop.left_out == {}
+
+
+def test_equally_slow_groups_are_not_left_out(groups: list[Peer], links: str, hops: list[Hop]) -> None:
+    _, addresses = serve(groups, SMALL, COPIES, delay_s=0.03)
+    hop = hop_to(hops, addresses)
+    for _ in range(40):
+        assert torch.equal(rows(hop, 5), expected(5))
+    assert hop.left_out == {}
 
 
 def test_a_lying_group_is_left_out(groups: list[Peer], links: str, hops: list[Hop]) -> None:

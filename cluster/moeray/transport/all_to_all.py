@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 from moeray.placement import Placement
-from moeray.transport.communicator import Communicator, Flight, LinkBroken, Message
-from moeray.transport.errors import ExpertsMissing, GroupFailed, PeerLost, StaleGeneration, TransportError
+from moeray.transport.communicator import NOBODY, Communicator, Flight, Last, LinkBroken, Message
+from moeray.transport.errors import TOO_SLOW, ExpertsMissing, GroupFailed, PeerLost, StaleGeneration, TransportError
 from moeray.transport.interface import DispatchHandle
 from moeray.transport.links import Links
 from moeray.transport.owners import all_replaceable, owners
 from moeray.transport.packing import DevicePacker, HostPacker, Packed, Packer
-from moeray.transport.patience import Patience
+from moeray.transport.patience import Answered, Patience
 from moeray.transport.reduction import combine_rows, prepare, require_finite
 from moeray.transport.rendezvous import ShardRendezvous
 from moeray.transport.spec import TransportSpec
@@ -129,7 +129,7 @@ class AllToAllTransport:
         self._check_usable(settle=False)
         if handle is not self._pending or not isinstance(handle, AllToAllHandle):
             raise TransportError("combine needs the handle of this transport's last dispatch, once")
-        self._settle(handle, self._patience.limit_s(len(handle.source_P)))
+        last = self._settle(handle, self._patience.limit_s(len(handle.source_P)))
         arrived = now_ns()
         failure = self._read_statuses(handle)
         if isinstance(failure, StaleGeneration):
@@ -144,8 +144,8 @@ class AllToAllTransport:
         timings.calls += 1
         timings.overlap_ns += started - handle.dispatched_ns
         timings.wait_ns += arrived - started
-        self._patience.took(len(handle.source_P), (arrived - handle.dispatched_ns) / 1e9)
         timings.reduce_ns += now_ns() - arrived
+        self._judge(handle, arrived, last)
         return y_TD
 
     def probe(self, timeout_s: float) -> None:
@@ -236,19 +236,28 @@ class AllToAllTransport:
         if broken is not None:
             raise self._lost(*broken)
 
-    def _settle(self, handle: AllToAllHandle, timeout_s: float) -> None:
+    def _judge(self, handle: AllToAllHandle, arrived_ns: int, last: Last) -> None:
+        """A group that has become too slow is lost to the next call; this one has all its rows."""
+        rows = [num_rows - self._geometry.status_rows for num_rows in handle.reply_rows]
+        call = Answered(rows, (arrived_ns - handle.dispatched_ns) / 1e9, last.peer - 1, last.alone_s)
+        if self._patience.is_over(call, arrived_ns / 1e9):
+            self._lost(last.peer, TOO_SLOW)
+
+    def _settle(self, handle: AllToAllHandle, timeout_s: float) -> Last:
         """Wait for the replies of `handle`."""
         self._pending = None
         flight, self._flight = self._flight, None
         broken: tuple[int, str] | None = None
+        last = NOBODY
         if flight is not None:
             try:
-                flight.wait(timeout_s)
+                last = flight.wait(timeout_s)
             except LinkBroken as error:
                 broken = error.peer, error.reason
         del flight
         if broken is not None:
             raise self._lost(*broken)
+        return last
 
     def _read_statuses(self, handle: AllToAllHandle) -> GroupFailed | StaleGeneration | None:
         """The first group's error, if any. A reply that does not belong to this call poisons."""

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from moeray.config import ChannelUsers
 from moeray.transport.arena import Arena
-from moeray.transport.communicator import LinkBroken, Message
+from moeray.transport.communicator import NOBODY, Last, LinkBroken, Message
 from moeray.transport.errors import no_answer
 
 CALL = struct.Struct("=4q")  # offset and bytes of the message and of the reply's room
@@ -51,8 +51,8 @@ class ChannelFlight:
         self._channels = channels
         self._pending = pending
 
-    def wait(self, timeout_s: float | None) -> None:
-        self._channels.wait(self._pending, timeout_s)
+    def wait(self, timeout_s: float | None) -> Last:
+        return self._channels.wait(self._pending, timeout_s)
 
     def abandon(self) -> None:
         """Nothing to end: an answer that comes late wakes nobody."""
@@ -97,9 +97,10 @@ class Channels:
                 raise LinkBroken(rank, _reason(error)) from None
         return ChannelFlight(self, {rank for _, rank in receives})
 
-    def wait(self, pending: set[int], timeout_s: float | None) -> None:
+    def wait(self, pending: set[int], timeout_s: float | None) -> Last:
         """Until every rank of `pending`, which is emptied, has answered; the end of any connection ends it."""
         started = perf_counter()
+        last, alone_since, is_one_of_many = -1, 0.0, len(pending) > 1
         spin_until = started + self._spin_s
         deadline = None if timeout_s is None else started + timeout_s
         while pending:
@@ -117,6 +118,9 @@ class Channels:
                 os.sched_yield()  # the relay may share this core
             for descriptor, _ in events:
                 pending.discard(self._answer_of(self._rank_of[descriptor]))
+            if is_one_of_many and last < 0 and len(pending) == 1:
+                (last,), alone_since = pending, perf_counter()
+        return NOBODY if last < 0 else Last(last, perf_counter() - alone_since)
 
     def _answer_of(self, rank: int) -> int:
         try:

@@ -9,7 +9,8 @@ it waited for, and keeps one hung group from holding up the threads of the other
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -31,10 +32,41 @@ class LinkBroken(Exception):
         self.reason = reason
 
 
+class Last(NamedTuple):
+    """Who was waited for when all others had answered.
+
+    Attributes:
+        peer: rank; -1 if nobody, or where the library cannot tell.
+        alone_s: how long.
+    """
+
+    peer: int = -1
+    alone_s: float = 0.0
+
+
+NOBODY = Last()
+
+
+@dataclass(slots=True)
+class WaitOrder:
+    """Of a communicator that waits for one after the other: who goes last.
+
+    Only the last one's time is its own, so whoever was waited for longest is last the next time. Shared with flights.
+    """
+
+    last: int = -1
+
+    def finished(self, waits: Sequence[Last]) -> Last:
+        """What these waits, in the order in which they ended, say of the last one."""
+        longest = max(waits, key=lambda wait: wait.alone_s, default=NOBODY)
+        self.last = longest.peer
+        return longest if len(waits) > 1 and longest is waits[-1] else NOBODY
+
+
 class Flight(Protocol):
     """Messages in flight; their tensors must stay as they are until `wait` returned."""
 
-    def wait(self, timeout_s: float | None) -> None:
+    def wait(self, timeout_s: float | None) -> Last:
         """Wait until all messages were sent and received.
 
         Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 _NO_ANSWER = "no answer"
+TOO_SLOW = "too slow: it was waited for most of the time, when all others had answered"
 
 
 def no_answer(timeout_s: float | None) -> str:
@@ -26,8 +27,8 @@ class PeerLost(TransportError):
 
     @property
     def is_late(self) -> bool:
-        """Whether it gave no sign at all: it may merely be slow."""
-        return self.reason.startswith(_NO_ANSWER)
+        """Whether it is nothing but slow, or gave no sign at all, which may be the same."""
+        return self.reason == TOO_SLOW or self.reason.startswith(_NO_ANSWER)
 
 
 class StaleGeneration(TransportError):

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroupGloo, Store  # type: ignore[attr-defined]
 
-from moeray.transport.communicator import LinkBroken, Message
+from moeray.transport.communicator import Last, LinkBroken, Message, WaitOrder
 from moeray.transport.errors import no_answer
 
 FOREVER = timedelta(days=3650)
@@ -35,22 +35,27 @@ Works = list[tuple[int, Any]]
 class GlooFlight:
     """See `Flight`."""
 
-    def __init__(self, works: Works) -> None:
-        self._works = works
+    def __init__(self, works: Works, num_receives: int, order: WaitOrder) -> None:
+        self._works, self._num_receives, self._order = works, num_receives, order
 
-    def wait(self, timeout_s: float | None) -> None:
-        deadline = None if timeout_s is None else monotonic() + timeout_s
+    def wait(self, timeout_s: float | None) -> Last:
+        now = monotonic()
+        deadline = None if timeout_s is None else now + timeout_s
         broken: tuple[int, str] | None = None
+        waits: list[Last] = []
         for peer, work in self._works:
-            left = FOREVER if deadline is None else max(AT_ONCE, timedelta(seconds=deadline - monotonic()))
+            left = FOREVER if deadline is None else max(AT_ONCE, timedelta(seconds=deadline - now))
             broken = _finish(peer, work, left, timeout_s)
             if broken is not None:
                 break
+            before, now = now, monotonic()
+            waits.append(Last(peer, now - before))
         if broken is not None:
             _cut(self._works)
         self._works = []
         if broken is not None:
             raise LinkBroken(*broken)
+        return self._order.finished(waits[: self._num_receives])
 
     def abandon(self) -> None:
         _cut(self._works)
@@ -91,6 +96,7 @@ class GlooCommunicator:
         options._timeout = timedelta(seconds=connect_timeout_s)
         options._threads = 1  # runs collectives only, of which there are none
         self._group: Any = ProcessGroupGloo(store, rank, size, options)
+        self._order = WaitOrder()
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> GlooFlight:
         works: Works = []
@@ -98,7 +104,7 @@ class GlooCommunicator:
         peer = -1
         try:
             # Receives first: a posted receive spares the sender a round trip.
-            for tensor, peer in receives:
+            for tensor, peer in sorted(receives, key=lambda message: message[1] == self._order.last):
                 works.append((peer, self._group.recv([tensor], peer, TAG)))
             for tensor, peer in sends:
                 works.append((peer, self._group.send([tensor], peer, TAG)))
@@ -108,7 +114,7 @@ class GlooCommunicator:
             _cut(works)
             works.clear()
             raise LinkBroken(*broken)
-        return GlooFlight(works)
+        return GlooFlight(works, len(receives), self._order)
 
     def close(self) -> None:
         self._group = None

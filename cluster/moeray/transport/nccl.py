@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from moeray.transport.communicator import LinkBroken, Message
+from moeray.transport.communicator import NOBODY, Last, LinkBroken, Message
 from moeray.transport.errors import no_answer
 
 PeerGone = Callable[[], int | None]
@@ -42,7 +42,7 @@ class NcclFlight:
         self._communicator = communicator
         self._work = work
 
-    def wait(self, timeout_s: float | None) -> None:
+    def wait(self, timeout_s: float | None) -> Last:
         started = monotonic()
         broken: tuple[int, str] | None = None
         while broken is None and not self._work.is_completed():
@@ -60,6 +60,7 @@ class NcclFlight:
             self._communicator.close()
             raise LinkBroken(*broken)
         self._work.wait()  # orders the caller's stream after the messages; does not block the host
+        return NOBODY  # all messages are one operation: the library does not tell who was last
 
     def abandon(self) -> None:
         self._communicator.close()
