@@ -70,6 +70,7 @@ class RouteFeed:
                     self._routes.put((int(data["number"]), route))
         except (OSError, ValueError, KeyError, TypeError) as error:
             logger.error("route feed: %s", error)
+        self.close()  # the shard process must not believe that this worker follows routes
         self._routes.put(None)
 
     def _follow(self) -> None:

@@ -141,6 +141,21 @@ def test_accusations_reach_the_shard_process() -> None:
     run(story())
 
 
+def test_a_worker_that_cannot_read_its_routes_follows_none_and_the_shard_process_knows() -> None:
+    async def story() -> None:
+        engine = Engine()
+        server = await following([engine], [])
+        await server.publish(route(1))
+        for worker in server._workers:
+            worker.write(b'{"number": 2}\n')
+        while server._workers:
+            await asyncio.sleep(0.01)
+        with pytest.raises(RouteRefused, match="0 of 1 workers"):
+            await server.publish(route(3))
+
+    run(story())
+
+
 def test_a_feed_that_is_closed_is_forgotten() -> None:
     async def story() -> None:
         engine = Engine()
