@@ -195,6 +195,7 @@ def _build(
     experts_in: ExpertsIn,
     ours: Mapping[str, Any],
 ) -> AsyncEngineArgs:
+    from vllm.config import ReasoningConfig, StructuredOutputsConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     check_engine_args(wanted, experts_in)
@@ -203,10 +204,14 @@ def _build(
     wanted = {key: value for key, value in wanted.items() if key != TOOL_PARSER}
     if isinstance(wanted.get("compilation_config"), Mapping):
         wanted["compilation_config"] = {**defaults.get("compilation_config", {}), **wanted["compilation_config"]}
+    kinds = {"structured_outputs_config": StructuredOutputsConfig, "reasoning_config": ReasoningConfig}
     merged = {**defaults, **wanted, **ours, "model": str(model.directory), "served_model_name": model_name}
     if defaults.get("enforce_eager") and not merged["enforce_eager"] and experts_in is not ExpertsIn.VLLM:
         raise ConfigError(f"{USER_KEY}.enforce_eager: graphs of {model.architecture} would replay without the hop")
     try:
+        for key, kind in kinds.items():  # vLLM reads every other mapping by itself
+            if isinstance(merged.get(key), Mapping):
+                merged[key] = kind(**merged[key])
         return AsyncEngineArgs(**merged)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{USER_KEY}: vLLM does not accept {wanted}: {error}") from error

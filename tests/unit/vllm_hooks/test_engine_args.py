@@ -76,6 +76,23 @@ def test_an_argument_that_is_ours_is_refused_with_what_to_do() -> None:
         shard(data_parallel_size=2)
 
 
+@pytest.mark.parametrize(
+    ("key", "attribute", "value"),
+    [("structured_outputs_config", "backend", "guidance"), ("reasoning_config", "reasoning_end_str", "</think>")],
+)
+def test_a_mapping_of_cluster_yaml_becomes_vllms_own_configuration(key: str, attribute: str, value: str) -> None:
+    front = front_engine_args(model=V4, model_name="x", engine_args={key: {attribute: value}})
+    for arguments in (front, shard(**{key: {attribute: value}})):
+        assert getattr(getattr(arguments, key), attribute) == value
+        assert getattr(getattr(engine_config(arguments), key), attribute) == value
+
+
+@pytest.mark.parametrize("given", [{"backnd": "guidance"}, {"backend": "nobodys"}])
+def test_a_mapping_that_vllm_does_not_accept_is_an_error_of_the_users(given: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=rf"attention\.engine_args.*{next(iter(given))}"):
+        shard(structured_outputs_config=given)
+
+
 @pytest.mark.parametrize("mode", ["FULL", "full_and_piecewise"])
 def test_graphs_that_would_skip_the_hop_are_refused(mode: str) -> None:
     with pytest.raises(ConfigError, match="without the hop"):
