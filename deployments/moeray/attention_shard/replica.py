@@ -233,24 +233,10 @@ def _spec(
 ) -> tuple[ShardSpec, ExpertsIn]:
     """What this replica's shard process is told, and where its experts are."""
     place = experts_in(config, describe_model(directory))
-    host = ray.util.get_node_ip_address()
-    shard = ShardSettings(
-        shard=f"shard-{index}",
-        number=index,
-        backend=config.backend,
-        checkpoint=directory,
-        timeout_s=config.transport.timeout_s,
-        patience_s=config.transport.patience_s,
-        wait_s=config.experts.wait_s,
-        channel=config.transport.channel,
-        dispatch_format=config.transport.dispatch_format,
-        host=host,
-        spin_s=spin_s,
-        micro_batches=config.attention.micro_batches,
-    )
+    shard = _shard_settings(config, directory, index, spin_s)
     spec = ShardSpec(
         shard=shard.shard,
-        host=host,
+        host=shard.host,
         num_threads=config.attention.num_threads,
         cpus=cores.cores if cores else None,
         relay_cpu=cores.relay.number if cores else None,
@@ -264,3 +250,21 @@ def _spec(
         hang_s=config.health.hang_s,
     )
     return spec, place
+
+
+def _shard_settings(config: ClusterConfig, directory: Path, index: int, spin_s: float) -> ShardSettings:
+    """What its EngineCore is told."""
+    return ShardSettings(
+        shard=f"shard-{index}",
+        number=index,
+        backend=config.backend,
+        checkpoint=directory,
+        timeout_s=config.transport.timeout_s,
+        patience_s=config.transport.patience_s,
+        wait_s=config.experts.wait_s,
+        channel=config.transport.channel,
+        dispatch_format=config.transport.dispatch_format,
+        host=ray.util.get_node_ip_address(),
+        spin_s=spin_s,
+        micro_batches=config.attention.micro_batches,
+    )
