@@ -6,6 +6,7 @@ The replica does no work on tokens and never imports vLLM: ingresses talk to the
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from pathlib import Path
@@ -22,7 +23,7 @@ from moeray.controller.member import ClusterMember
 from moeray.controller.settings import ControllerSettings
 from moeray.deepseek_v4.source import locate
 from moeray.health import guard
-from moeray.membership import Role, View
+from moeray.membership import MembershipError, Role, View
 from moeray.placement import CoreShare, Layout, Placement, contiguous
 from moeray.placement.machine import has_core_for_each
 from moeray.vllm_hooks.served_model import ExpertsIn, describe_model, experts_in
@@ -80,8 +81,10 @@ class AttentionShard:
 
     async def _go(self) -> None:
         """This process is told to end, although its number is wanted: Serve starts another."""
-        await self._stop()
-        os._exit(0)
+        try:
+            await self._stop()
+        finally:
+            os._exit(0)
 
     async def _stop(self) -> None:
         """Leave in order: requests end here within the drain time or go on at another shard."""
@@ -108,7 +111,8 @@ class AttentionShard:
         except Exception as error:  # noqa: BLE001 without its events it is as good as gone
             self._lost = f"the shard process' events cannot be read: {error}"
         logger.error("%s", self._lost)
-        await self._member.lost(self._lost)
+        with contextlib.suppress(ray.exceptions.RayError, MembershipError):  # Serve is told by `check_health`
+            await self._member.lost(self._lost)
 
     async def _on_view(self, view: View) -> None:
         if self._child is None or self._lost:
@@ -136,16 +140,15 @@ class AttentionShard:
                     self._is_ready = True
                 self._stage = "serving"
                 return
-            except (grpc.aio.AioRpcError, ray.exceptions.RayError) as error:
+            except Exception as error:  # noqa: BLE001 whatever it was (no group, no controller, one that does not know us)
                 why = error.details() if isinstance(error, grpc.aio.AioRpcError) else error
                 logger.warning("generation %d: %s; trying again", view.generation, why)
                 await asyncio.sleep(RETRY_S)
 
     async def _unready(self) -> None:
         if self._is_ready:
-            self._is_ready = False
-            self._moving_to = None
-            await self._member.unready()
+            await self._member.unready()  # if it fails, the next view tries again
+            self._is_ready, self._moving_to = False, None
 
     async def _connect(self, view: View) -> bool:
         """Give the engine the groups of a generation; False if it is of the past.

@@ -163,7 +163,7 @@ class ClusterMember:
         """Go in an orderly way: nobody is told that a process was lost."""
         for task in self._tasks:
             task.cancel()
-        with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
+        with contextlib.suppress(ray.exceptions.RayError, MembershipError, TimeoutError):
             await asyncio.wait_for(_awaited(self._controller.leave.remote(self.id)), LEAVE_S)
         if self._lease is not None:
             self._lease.close()

@@ -20,7 +20,7 @@ from moeray.controller.member import ClusterMember
 from moeray.controller.settings import ControllerSettings
 from moeray.expert_group.generations import GenerationFollower, LoadFailed
 from moeray.health import Guard, guard
-from moeray.membership import Role, View
+from moeray.membership import MembershipError, Role, View
 from moeray.placement.machine import has_core_for_each
 
 if TYPE_CHECKING:
@@ -79,8 +79,10 @@ class ExpertGroup:
 
     async def _go(self) -> None:
         """This process is told to end, although its number is wanted."""
-        await self._stop()
-        _exit("it was told to go")
+        try:
+            await self._stop()
+        finally:
+            _exit("it was told to go")
 
     async def _stop(self) -> None:
         """Leave in order: the others take over first, if they can."""
@@ -117,7 +119,7 @@ class ExpertGroup:
 
     async def _give_up(self, reason: str) -> None:
         """Tell why, and end: Serve starts another."""
-        with suppress(ray.exceptions.RayError, TimeoutError):
+        with suppress(ray.exceptions.RayError, MembershipError, TimeoutError):
             await asyncio.wait_for(self._member.lost(reason), LAST_WORDS_S)
         _exit(reason)
 

@@ -68,8 +68,10 @@ class Ingress:
 
     async def _go(self) -> None:
         """This process is told to end, although it is wanted: Serve starts another."""
-        await self._stop()
-        os._exit(0)
+        try:
+            await self._stop()
+        finally:
+            os._exit(0)
 
     async def _link(self) -> None:
         """Find the shards. Beside another ingress this one serves only when it has one, if that does not take for ever:

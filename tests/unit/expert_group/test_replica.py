@@ -15,7 +15,7 @@ from moeray.config import parse_config
 from moeray.deepseek_v4 import scrubber
 from moeray.expert_group import replica
 from moeray.expert_group.replica import ExpertGroup
-from moeray.membership import Role, View
+from moeray.membership import MembershipError, Role, View
 from moeray.placement import contiguous
 
 MODEL = "moeray-tiny"
@@ -158,6 +158,17 @@ async def test_a_group_that_cannot_load_tells_why_and_ends(monkeypatch: pytest.M
         await group._follow_generations(group._follower)
         assert member.told[-1] == "lost: the disk is broken"
         assert ended == ["the disk is broken"]
+
+
+async def test_a_group_that_the_controller_does_not_know_ends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running() as (group, member):
+
+        async def refuse(_: str) -> None:
+            raise MembershipError("me is not a member")
+
+        monkeypatch.setattr(member, "lost", refuse)
+        with pytest.raises(Exited, match="the disk is broken"):
+            await group._give_up("the disk is broken")
 
 
 async def test_a_group_whose_weights_changed_in_memory_tells_which_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
