@@ -145,9 +145,13 @@ class HealthConfig:
 
     Attributes:
         hang_s: one that gives no sign of life for so long is killed and replaced.
+        step_s: a shard whose engine computes one step for so long is killed and replaced; what a step waits for lost
+            experts does not count (experts.wait_s). Keep it far above the longest step: the largest prompt chunk
+            (engine_args.max_num_batched_tokens) on the slowest node, kernels compiled at their first call included.
     """
 
     hang_s: Annotated[float, Field(ge=2, le=3600, allow_inf_nan=False)] = 10.0
+    step_s: Annotated[float, Field(ge=2, le=86_400, allow_inf_nan=False)] = 300.0
 
 
 @dataclass(frozen=True, config=_FROM_FILE)

@@ -2,7 +2,8 @@
 
 A thread of the guarded process writes a byte into a pipe ten times per `hang_s`. A stopped process (SIGSTOP), one that
 waits for a dead disk, or one whose interpreter is held by a call that does not return writes none. A thread that waits
-for ever beside others that run is not noticed: that is for those who wait for its answers.
+for ever beside others that run is not noticed: an engine's steps have a limit for that (`steps.py`), and whoever waits
+for answers has one.
 
 The watching process runs this file, without site-packages: it needs few megabytes, holds none of the guarded
 process' descriptors and is pinned nowhere. It ends with the process that it guards.

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 import sys
+import time
 from collections.abc import Callable
 
 from moeray.attention_shard.spec import Event, ShardSpec, decode_event, encode_spec
@@ -24,6 +25,7 @@ class ShardProcess:
         self._process = process
         self._events = events
         self._ready: Event | None = None
+        self._waiting_since: float | None = None
 
     @classmethod
     async def start(cls, spec: ShardSpec, on_stage: Callable[[str], None]) -> ShardProcess:
@@ -56,6 +58,11 @@ class ShardProcess:
         """The relay's host:port."""
         return f"{self._ready.host}:{self._ready.port}" if self._ready else ""
 
+    @property
+    def waits_s(self) -> float:
+        """How long a layer call of its engine has waited for experts that nobody has; 0 if none does."""
+        return 0.0 if self._waiting_since is None else time.monotonic() - self._waiting_since
+
     async def ended(self, on_accused: Callable[[str, str, bool], None]) -> str:
         """Wait for the end of the process; returns why it ended.
 
@@ -66,6 +73,8 @@ class ShardProcess:
         while (event := await self._next_event()) is not None:
             if event.event == "accused":
                 on_accused(event.group, event.text, event.certain)
+            elif event.event in ("waiting", "resumed"):
+                self._waiting_since = time.monotonic() if event.event == "waiting" else None
             else:
                 reason = event.text or reason
         status = await self._process.wait()

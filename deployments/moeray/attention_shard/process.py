@@ -47,6 +47,10 @@ class Events:
         """The hop found this expert group bad."""
         self.send("accused", reason, group=group, certain=certain)
 
+    def waiting(self, waits: bool) -> None:
+        """A layer call begins or ends to wait for experts that nobody has."""
+        self.send("waiting" if waits else "resumed")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="moeray.attention_shard.process", description=__doc__)
@@ -96,13 +100,13 @@ async def _serve(spec: ShardSpec, events: Events) -> int:
     engine = start_engine(spec, lambda stage: events.send("progress", stage))
     if spec.relay_cpu is not None:
         pin_process([spec.relay_cpu])  # the engine, forked by now, keeps the others
-    service = ShardService(spec, engine, events.accuse)
+    service = ShardService(spec, engine, events.accuse, events.waiting)
     port = await service.start()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     watched = guard(spec.hang_s)  # from now on: importing and loading hold the interpreter for seconds
-    await engine.call_worker("moeray_guard", spec.hang_s)
+    await engine.call_worker("moeray_guard", spec.hang_s, spec.step_s)
     events.send("ready", host=spec.host, port=port, pid=os.getpid(), engine_pid=engine.pid)
     running = asyncio.create_task(service.run())
     stopping = asyncio.create_task(stop.wait())

@@ -251,6 +251,7 @@ def _spec(
         },
         wait_for_connect=place is not ExpertsIn.VLLM,
         hang_s=config.health.hang_s,
+        step_s=config.health.step_s,
     )
     return spec, place
 

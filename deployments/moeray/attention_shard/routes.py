@@ -29,9 +29,14 @@ class RouteRefused(RuntimeError):
 class RouteServer:
     """Tells every worker of this shard's engine where the experts are. One event loop."""
 
-    def __init__(self, on_accused: Callable[[str, str, bool], None]) -> None:
-        """Args: on_accused: `(group_id, reason, certain)`; see `hop.Accuse`."""
-        self._on_accused = on_accused
+    def __init__(self, on_accused: Callable[[str, str, bool], None], on_waiting: Callable[[bool], None]) -> None:
+        """What workers say beside their answers.
+
+        Args:
+            on_accused: `(group_id, reason, certain)`; see `hop.Accuse`.
+            on_waiting: see `hop.OnWaiting`.
+        """
+        self._on_accused, self._on_waiting = on_accused, on_waiting
         self._workers: dict[asyncio.StreamWriter, dict[str, Any]] = {}
         self._changed = asyncio.Condition()
         self._number = self._num_workers = 0
@@ -97,6 +102,8 @@ class RouteServer:
                 message = json.loads(line)
                 if "accuse" in message:
                     self._on_accused(message["accuse"], message["reason"], message["certain"])
+                elif "waiting" in message:
+                    self._on_waiting(message["waiting"])
                 else:
                     self._workers[writer] = message
                     await self._notify()

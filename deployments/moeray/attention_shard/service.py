@@ -27,8 +27,19 @@ _NOT_CONNECTED = "not connected to its expert groups yet"
 class ShardService:
     """One shard's server. `run` ends only by raising EngineLost."""
 
-    def __init__(self, spec: ShardSpec, engine: ShardEngine, on_accused: Callable[[str, str, bool], None]) -> None:
-        """Args: on_accused: `(group_id, reason, certain)`, when the hop found a group bad; see `hop.Accuse`."""
+    def __init__(
+        self,
+        spec: ShardSpec,
+        engine: ShardEngine,
+        on_accused: Callable[[str, str, bool], None],
+        on_waiting: Callable[[bool], None],
+    ) -> None:
+        """What the hop says beside serving.
+
+        Args:
+            on_accused: `(group_id, reason, certain)`, when it found a group bad; see `hop.Accuse`.
+            on_waiting: when a layer call begins or ends to wait for experts; see `hop.OnWaiting`.
+        """
         hello = wire.Hello(wire.PROTOCOL_VERSION, engine.vllm, engine.model, f"attention shard {spec.shard}")
         self.relay = Relay(engine, hello)
         self.relay.kv_tokens = engine.kv_tokens
@@ -37,7 +48,7 @@ class ShardService:
         self._generation = 0
         self._connecting = asyncio.Lock()
         self._routes: asyncio.Task[RouteServer] | None = None
-        self._on_accused = on_accused
+        self._on_accused, self._on_waiting = on_accused, on_waiting
         self._lost = False
         self._server = grpc.aio.server(options=wire.CHANNEL_OPTIONS)
 
@@ -115,7 +126,7 @@ class ShardService:
 
     async def _feed(self) -> RouteServer:
         """With every worker of the engine connected."""
-        routes = RouteServer(self._on_accused)
+        routes = RouteServer(self._on_accused, self._on_waiting)
         await self._engine.call_worker("moeray_follow_routes", await routes.start())
         await routes.connected(self._engine.num_workers)
         return routes

@@ -22,6 +22,7 @@ class ShardSpec:
         wait_for_connect: refuse ingresses until the expert groups' addresses have come through `Connect`.
         drain_s: how long SIGTERM lets requests in flight go on here; the rest goes on at other shards.
         hang_s: this process, or its engine, is killed when it gives no sign of life for so long.
+        step_s: its engine is killed when one step takes so long, without what that waits for experts.
     """
 
     shard: str
@@ -34,6 +35,7 @@ class ShardSpec:
     wait_for_connect: bool = True
     drain_s: float = 5.0
     hang_s: float = 10.0
+    step_s: float = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +45,11 @@ class Event:
     Attributes:
         event: progress (still starting), ready (port and pids are set), failed (never became ready), lost (was ready,
             the engine died), stopped (drained and left), accused (the hop found expert group `group` bad; `certain`:
-            not merely slow).
+            not merely slow), waiting and resumed (a layer call begins or ends to wait for experts that nobody has).
         text: the stage, or the reason.
     """
 
-    event: Literal["progress", "ready", "failed", "lost", "stopped", "accused"]
+    event: Literal["progress", "ready", "failed", "lost", "stopped", "accused", "waiting", "resumed"]
     shard: str
     text: str = ""
     host: str = ""

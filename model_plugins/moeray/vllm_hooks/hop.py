@@ -34,6 +34,8 @@ Connect = Callable[[Route, frozenset[int], bool], Transport]
 """`connect(route, absent, in_a_hurry)`: a transport to the route's groups but those; a step waits if in a hurry."""
 Accuse = Callable[[str, str, bool], None]
 """`accuse(group_id, reason, certain)`: tell the cluster that a group is bad; certain: not merely slow."""
+OnWaiting = Callable[[bool], None]
+"""`on_waiting(True)` when a layer call begins to wait for experts that nobody has, `on_waiting(False)` once it ends."""
 RETRY_S = 0.5
 HEAL_S = 5.0
 """After which a group that was left out, and is not needed, may be tried again: it may only have been slow."""
@@ -108,6 +110,8 @@ class Hop:
         self.reserved: Tensor | None = None
         self._connect: Connect | None = None
         self._accuse: Accuse = lambda *_: None
+        self._on_waiting: OnWaiting = lambda _: None
+        self._said_waiting = False
         self._wait_s = DEFAULT_WAIT_S
         self._transport: Transport | None = None
         self._route: Route | None = None
@@ -121,7 +125,13 @@ class Hop:
         self._dispatched_ns = 0
         self.is_waiting = False
 
-    def set_up(self, connect: Connect, accuse: Accuse | None = None, wait_s: float = DEFAULT_WAIT_S) -> None:
+    def set_up(
+        self,
+        connect: Connect,
+        accuse: Accuse | None = None,
+        wait_s: float = DEFAULT_WAIT_S,
+        on_waiting: OnWaiting | None = None,
+    ) -> None:
         """Before the first route.
 
         Args:
@@ -129,6 +139,7 @@ class Hop:
         """
         self._connect, self._wait_s, self.costs = connect, wait_s, HopCosts()
         self._accuse = accuse or self._accuse
+        self._on_waiting = on_waiting or self._on_waiting
 
     @property
     def generation(self) -> int | None:
@@ -273,6 +284,7 @@ class Hop:
             if y_TD is None:
                 y_TD = self._again(self._call, failure or NotConnected("nothing was sent"))
         finally:
+            self._say_waiting(False)
             self._call = self._handle = self._failure = None
             self._between_calls.release()
         self.costs.combine_us += (perf_counter_ns() - started) / 1e3
@@ -367,11 +379,18 @@ class Hop:
         """Until another route is wanted, or it is worth trying again."""
         if monotonic() >= deadline:
             raise failure
+        self._say_waiting(True)
         self.is_waiting = True
         with self._news:
             if self._wanted is self._route:
                 self._news.wait(RETRY_S)
         self.is_waiting = False
+
+    def _say_waiting(self, waits: bool) -> None:
+        """Once per change: between two tries a call waits still."""
+        if waits is not self._said_waiting:
+            self._said_waiting = waits
+            self._on_waiting(waits)
 
     def _connected(self, route: Route, absent: frozenset[int], in_a_hurry: bool = False) -> Transport:
         if self._connect is None:

@@ -7,6 +7,7 @@ their own. The wire is one JSON object per line:
     shard process -> worker   {"route": Route, "number": n}
     worker -> shard process   {"number": n, "generation": g} when the hop has moved, with "error" instead if it cannot
                               {"accuse": group id, "reason": text, "certain": bool}
+                              {"waiting": bool}: whether a layer call waits for experts that nobody has
 """
 
 from __future__ import annotations
@@ -49,6 +50,10 @@ class RouteFeed:
     def accuse(self, group_id: str, reason: str, certain: bool) -> None:
         """See `hop.Accuse`; never blocks for long, never raises."""
         self._say({"accuse": group_id, "reason": reason, "certain": certain})
+
+    def waiting(self, waits: bool) -> None:
+        """See `hop.OnWaiting`; never blocks for long, never raises."""
+        self._say({"waiting": waits})
 
     def close(self) -> None:
         """Both threads end; idempotent."""

@@ -17,7 +17,8 @@ from moeray.placement import Placement
 from moeray.transport import ModelIdentity, Transport, TransportSpec, connect
 from moeray.vllm_hooks import continued_requests, micro_batch_choice
 from moeray.vllm_hooks.engram_layer import EngramLayer
-from moeray.vllm_hooks.hop import Accuse, Connect, hop
+from moeray.vllm_hooks.executor import step_limit
+from moeray.vllm_hooks.hop import Connect, hop
 from moeray.vllm_hooks.loader import last_report
 from moeray.vllm_hooks.micro_batches import hop_report, second_hop
 from moeray.vllm_hooks.route import Route
@@ -33,13 +34,17 @@ class WorkerExtension:
     vllm_config: Any
     model_runner: Any
 
-    def moeray_guard(self, hang_s: float) -> None:
-        """Have this process killed when it gives no sign of life for so long; call it once, when all is loaded.
+    def moeray_guard(self, hang_s: float, step_s: float) -> None:
+        """Have this process killed when it hangs; call it once, when all is loaded.
 
+        Args:
+            hang_s: it may give no sign of life for so long.
+            step_s: one step may take so long, without what it waits for experts.
         Raises:
             OSError: no further process can be started.
         """
         guard(hang_s)
+        step_limit.start(step_s)
 
     def moeray_follow_routes(self, address: str) -> None:
         """Take routes from the shard process from now on, in a thread beside the steps.
@@ -50,7 +55,7 @@ class WorkerExtension:
             OSError: nobody listens there.
         """
         feed = RouteFeed(address, lambda: [hop, second_hop] if micro_batch_choice.wants_halves() else [hop])
-        _set_up_hops(self.vllm_config, feed.accuse)
+        _set_up_hops(self.vllm_config, feed)
 
     def moeray_connect(self, placement: dict[str, Any], addresses: list[str]) -> int:
         """Move to this route between two steps, for an engine without a feed (in its caller's own process).
@@ -118,11 +123,17 @@ class WorkerExtension:
         return hop_report()
 
 
-def _set_up_hops(vllm_config: Any, accuse: Accuse | None) -> None:
+def _set_up_hops(vllm_config: Any, feed: RouteFeed | None) -> None:
+    def on_waiting(waits: bool) -> None:
+        step_limit.is_excused = waits  # `wait_s` is its limit
+        if feed is not None:
+            feed.waiting(waits)
+
     settings = _settings(vllm_config)
     second = replace(settings, shard=f"{settings.shard} (second half)")
     for each, own in ((hop, settings), (second_hop, second)):
-        each.set_up(_connector(own, vllm_config), accuse, settings.wait_s)
+        accuse = feed.accuse if feed is not None else None
+        each.set_up(_connector(own, vllm_config), accuse, settings.wait_s, on_waiting)
 
 
 def _settings(vllm_config: Any) -> ShardSettings:

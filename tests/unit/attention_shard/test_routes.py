@@ -29,13 +29,20 @@ class Engine:
         self.hop, self.refused = Hop(), refused
         self.hop.set_up(self.connect)
         self.connected: list[int] = []
+        self.failures = 0
         self.feed: RouteFeed | None = None
 
     def connect(self, wanted: Route, absent: frozenset[int], in_a_hurry: bool) -> Transport:
         if wanted.generation in self.refused:
             raise HandshakeRefused(f"generation {wanted.generation} is unknown there")
         self.connected.append(wanted.generation)
-        return LocalTransport(wanted.placement, lambda layer, x_TD, ids_TK: x_TD.repeat_interleave(2, dim=0))
+        return LocalTransport(wanted.placement, self.compute)
+
+    def compute(self, layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
+        if self.failures:
+            self.failures -= 1
+            raise RuntimeError("this group is broken")
+        return x_TD.repeat_interleave(2, dim=0)
 
     def call(self) -> None:
         self.hop.dispatch(0, torch.ones(1, 4), torch.tensor([[0, 1]], dtype=torch.int32), torch.ones(1, 2))
@@ -46,11 +53,14 @@ def run(story: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(story, 60))
 
 
-async def following(engines: list[Engine], accused: list[tuple[str, str, bool]]) -> RouteServer:
-    server = RouteServer(lambda *accusation: accused.append(accusation))
+async def following(
+    engines: list[Engine], accused: list[tuple[str, str, bool]], waits: list[bool] | None = None
+) -> RouteServer:
+    server = RouteServer(lambda *accusation: accused.append(accusation), [].append if waits is None else waits.append)
     name = await server.start()
     for engine in engines:
         engine.feed = await asyncio.to_thread(RouteFeed, name, lambda engine=engine: [engine.hop])
+        engine.hop.set_up(engine.connect, on_waiting=engine.feed.waiting)
     await server.connected(len(engines))
     return server
 
@@ -137,6 +147,27 @@ def test_accusations_reach_the_shard_process() -> None:
         while not accused:
             await asyncio.sleep(0.01)
         assert accused == [("group-a", "no answer within 1 s", False)]
+
+    run(story())
+
+
+def test_a_layer_call_that_waits_for_experts_is_known_to_the_shard_process_until_it_ends() -> None:
+    async def story() -> None:
+        engine, waits = Engine(refused=(2,)), list[bool]()
+        server = await following([engine], [], waits)
+        await server.publish(route(1))
+        engine.call()
+        engine.hop.announce(route(2))
+        engine.failures = 1
+        calling = asyncio.create_task(asyncio.to_thread(engine.call))
+        while not waits:
+            await asyncio.sleep(0.01)
+        assert waits == [True]
+        engine.hop.announce(route(3))
+        await calling
+        while len(waits) < 2:
+            await asyncio.sleep(0.01)
+        assert waits == [True, False]
 
     run(story())
 

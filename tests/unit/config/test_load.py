@@ -14,6 +14,7 @@ def test_no_file_means_the_documented_defaults() -> None:
     assert (config.model, config.attention.num_shards, config.experts.num_groups) == ("moeray-tiny", 2, 2)
     assert (config.transport.backend, config.transport.timeout_s) == ("gloo", 10.0)
     assert (config.ingress.http_port, config.ingress.grpc_port, config.ingress.num_replicas) == (8000, 50051, 1)
+    assert (config.health.hang_s, config.health.step_s) == (10.0, 300.0)
 
 
 def test_plain_data_round_trips() -> None:
@@ -40,6 +41,7 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ({"experts": {"num_redundant": -1}}, r"experts.num_redundant: .*greater than or equal to 0 \(got -1\)"),
         ({"transport": {"backend": "tcp"}}, "transport.backend: .*'gloo', 'nccl' or 'local'"),
         ({"transport": {"timeout_s": float("nan")}}, "transport.timeout_s: .*finite"),
+        ({"health": {"step_s": 0}}, r"health.step_s: .*greater than or equal to 2 \(got 0\)"),
         ({"model": ""}, "model: .*at least 1 character"),
         (["model"], "must be a mapping"),
     ],

@@ -72,6 +72,7 @@ class Cluster:
         self.refusals: list[TransportError] = []
         self.dead: set[str] = set()
         self.accused: list[tuple[str, str, bool]] = []
+        self.waits: list[bool] = []
 
     def connect(self, route: Route, absent: frozenset[int], in_a_hurry: bool) -> Transport:
         if self.refusals:
@@ -92,7 +93,7 @@ class Cluster:
 
     def hop(self, wait_s: float = 60.0) -> Hop:
         hop = Hop()
-        hop.set_up(self.connect, self.accuse, wait_s)
+        hop.set_up(self.connect, self.accuse, wait_s, self.waits.append)
         return hop
 
 
@@ -223,6 +224,7 @@ def test_without_a_copy_the_call_waits_for_the_next_route() -> None:
         thread.join(60)
     assert torch.equal(results[0], X * 2)
     assert hop.generation == 3
+    assert cluster.waits == [True, False], "said once, however often it was tried in between"
     assert cluster.accused == [("group-1", "connection closed by peer", True)]
 
 
@@ -234,6 +236,7 @@ def test_a_call_that_needs_no_lost_expert_does_not_wait() -> None:
     hop.dispatch(0, X, torch.zeros_like(IDS), WEIGHTS)
     assert torch.equal(hop.combine(), X * 2)
     assert cluster.made[-1].absent == {1}
+    assert not cluster.waits
 
 
 def test_a_wait_has_an_end_and_names_what_was_lost() -> None:
@@ -244,6 +247,7 @@ def test_a_wait_has_an_end_and_names_what_was_lost() -> None:
     cluster.dead = {"b:2"}
     with pytest.raises(PeerLost, match="expert group 1 lost: connection closed by peer"):
         layer_call(hop)
+    assert cluster.waits == [True, False]
 
 
 def test_a_group_that_was_only_late_is_tried_again_while_a_call_waits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,60 @@
+"""Whatever EngineCore's main thread does in the worker, or waits for from it, is a step with a longest time."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+from vllm.v1.outputs import AsyncModelRunnerOutput
+
+from moeray.vllm_hooks.executor import ShardExecutor, step_limit
+
+
+def is_in_step() -> bool:
+    return step_limit._step is not None
+
+
+class OnDevice(AsyncModelRunnerOutput):
+    """What a step with asynchronous scheduling gives: it waits for the device when it is asked."""
+
+    def get_output(self) -> Any:
+        return is_in_step()
+
+
+class Worker:
+    def execute_model(self, _: Any) -> bool:
+        return is_in_step()
+
+    def sample_tokens(self, _: Any) -> OnDevice:
+        return OnDevice()
+
+    def moeray_tensors(self) -> None:
+        assert is_in_step()
+        raise ValueError("no such file")
+
+
+@pytest.fixture
+def executor() -> Any:
+    executor = ShardExecutor.__new__(ShardExecutor)
+    executor.driver_worker = Worker()
+    return executor
+
+
+def test_a_call_of_the_worker_is_a_step_until_it_returns(executor: Any) -> None:
+    assert executor.execute_model(None) is True
+    assert executor.execute_model(None, non_block=True).result() is True
+    assert not is_in_step()
+
+
+def test_waiting_for_the_device_is_a_step_too(executor: Any) -> None:
+    waited: Future[Any] = executor.sample_tokens(None, non_block=True)
+    assert not is_in_step(), "EngineCore schedules the next one meanwhile"
+    assert waited.result() is True
+    assert not is_in_step()
+
+
+def test_a_call_that_fails_has_ended(executor: Any) -> None:
+    with pytest.raises(ValueError, match="no such file"):
+        executor.collective_rpc("moeray_tensors")
+    assert not is_in_step()
