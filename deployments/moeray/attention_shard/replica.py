@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ class AttentionShard:
         tensors = (await self._info(tensors=True)).tensors or {}
         self._weights = _summary(tensors)
         self._reaper = asyncio.create_task(self._reap(self._child))
+        self._watching = asyncio.create_task(self._end_if_stranded(self._child, config.health.hang_s))
         await self._member.identify(tensors["identity"])
         self._member.follow(self._on_view, self._go)
 
@@ -113,6 +115,19 @@ class AttentionShard:
         logger.error("%s", self._lost)
         with contextlib.suppress(ray.exceptions.RayError, MembershipError):  # Serve is told by `check_health`
             await self._member.lost(self._lost)
+
+    async def _end_if_stranded(self, child: ShardProcess, hang_s: float) -> None:
+        """End where experts are awaited that only the controller could name, and it cannot be reached.
+
+        The other shards may reach it, and have moved on to groups that this one does not hear of. A controller that
+        is merely away ends nobody who can serve, and is back before a wait gets as long.
+        """
+        while min(self._member.alone_s, child.waits_s) <= hang_s:
+            await asyncio.sleep(RETRY_S)
+        _exit(
+            f"no lease of the controller for {self._member.alone_s:.0f} s, and a layer call waits for experts since "
+            f"{child.waits_s:.0f} s"
+        )
 
     async def _on_view(self, view: View) -> None:
         if self._child is None or self._lost:
@@ -199,6 +214,14 @@ class AttentionShard:
             "weights": self._weights,
             **self._member.cores(),
         }
+
+
+def _exit(reason: str) -> None:
+    """End this process, and the shard process with it; Serve starts another."""
+    logger.error("attention shard in process %d ends: %s", os.getpid(), reason)
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _everything_here(layout: Layout, generation: int) -> Placement:

@@ -58,7 +58,7 @@ class Controller:
         generation: int = 0,
         heard: int = 0,
     ) -> dict[str, Any]:
-        """Take a member in, see Membership.join; returns its index, and where and how often to beat."""
+        """Take a member in, see Membership.join; returns its index, where and how often to beat, how long in vain."""
         self._start()
         if self._lease_address is None:
             self._lease_address = asyncio.create_task(self._leases.start(ray.util.get_node_ip_address()))
@@ -76,6 +76,7 @@ class Controller:
             "index": self._state.members[id].index,
             "lease_address": lease_address,
             "beat_s": self._settings.beat_s,
+            "silence_s": self._settings.silence_s,
         }
 
     async def take_cores(self, id: str, machine: Machine, wanted: Wanted) -> CoreShare:

@@ -78,10 +78,16 @@ class LeaseServer:
 class Lease:
     """A member's end. Beats from a thread of its own: imports and model loading block the event loop for seconds."""
 
-    def __init__(self, address: str, token: str, *, beat_s: float) -> None:
+    def __init__(self, address: str, token: str, *, beat_s: float, silence_s: float) -> None:
+        """Nothing is connected yet.
+
+        Args:
+            beat_s: from one beat to the next.
+            silence_s: the lease is lost when the controller's machine acknowledges no beat for so long.
+        """
         self._address = address
         self._token = token
-        self._beat_s = beat_s
+        self._beat_s, self._silence_s = beat_s, silence_s
         self._connection: socket.socket | None = None
         self._loop = asyncio.get_running_loop()
         self.lost = asyncio.Event()
@@ -94,6 +100,8 @@ class Lease:
         """
         host, port = self._address.rsplit(":", 1)
         self._connection = await asyncio.to_thread(socket.create_connection, (host, int(port)), CONNECT_S)
+        # A cut network closes nothing; without this the kernel would try to deliver the beats for a quarter of an hour.
+        self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(self._silence_s * 1000))
         self._connection.sendall(f"{self._token}\n".encode())
         threading.Thread(target=self._beat, args=(self._connection,), name="lease", daemon=True).start()
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -34,6 +35,7 @@ class ClusterMember:
         self._role = role
         self._controller = controller(settings)
         self._lease: Lease | None = None
+        self._alone_since: float | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._address = ""
         self._identity: dict[str, Any] | None = None
@@ -46,6 +48,11 @@ class ClusterMember:
         self.generation = 0  # the newest one it is part of (an expert group) or has adopted (a shard)
         self.id = serve.get_replica_context().replica_id.unique_id
         self.index: int | None = None
+
+    @property
+    def alone_s(self) -> float:
+        """How long it has had no lease since it lost it; 0 while it has one."""
+        return 0.0 if self._alone_since is None else time.monotonic() - self._alone_since
 
     async def join(self) -> int:
         """Become a member; returns the index within the role.
@@ -181,14 +188,18 @@ class ClusterMember:
                     raise
                 logger.warning("%s %s: %s; trying again", self._role, self.id, error)
                 await asyncio.sleep(RETRY_S)
-        self._lease = Lease(given["lease_address"], given["lease_token"], beat_s=given["beat_s"])
-        await self._lease.start()
+        lease = Lease(
+            given["lease_address"], given["lease_token"], beat_s=given["beat_s"], silence_s=given["silence_s"]
+        )
+        await lease.start()
+        self._lease, self._alone_since = lease, None  # now: one that never started is never lost
         self.index = int(given["index"])
         return self.index
 
     async def _keep_joined(self) -> None:
         while self._lease is not None:
             await self._lease.lost.wait()
+            self._alone_since = self._alone_since or time.monotonic()
             logger.warning("%s %s: the controller is gone, joining again", self._role, self.id)
             try:
                 await self._join()

@@ -1,4 +1,4 @@
-"""The replica's part: it brings its engine to every generation."""
+"""The replica's part: it brings its engine to every generation, and ends where it can only wait for ever."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import pytest
 from moeray.attention_shard import replica
 from moeray.attention_shard.replica import AttentionShard
 from moeray.membership import MembershipError
+
+HANG_S = 5.0
 
 
 class Exited(BaseException):
@@ -33,6 +35,10 @@ class Shard(AttentionShard):
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(reason: str) -> None:
+        raise Exited(reason)
+
+    monkeypatch.setattr(replica, "_exit", end)
     monkeypatch.setattr(replica, "RETRY_S", 0.01)
 
 
@@ -40,6 +46,26 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.01)
+
+
+async def test_a_shard_whose_calls_wait_ends_once_it_has_had_no_lease_for_as_long() -> None:
+    member, child = SimpleNamespace(alone_s=2 * HANG_S), SimpleNamespace(waits_s=2 * HANG_S)
+    with pytest.raises(Exited, match=r"no lease of the controller for 10 s, .* waits for experts since 10 s"):
+        await Shard(member)._end_if_stranded(child, HANG_S)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("alone_s", "waits_s"),
+    [(1000.0, 0.0), (1000.0, HANG_S - 1), (0.0, 1000.0), (HANG_S - 1, 1000.0)],
+    ids=["serves without a lease", "waits shortly", "has a lease", "controller restarts"],
+)
+async def test_no_other_shard_ends(alone_s: float, waits_s: float) -> None:
+    watching = asyncio.create_task(
+        Shard(SimpleNamespace(alone_s=alone_s))._end_if_stranded(SimpleNamespace(waits_s=waits_s), HANG_S)  # type: ignore[arg-type]
+    )
+    await asyncio.sleep(0.1)
+    assert not watching.done()
+    watching.cancel()
 
 
 class Refusing:

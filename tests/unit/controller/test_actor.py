@@ -37,7 +37,8 @@ class Cluster:
 
     async def join(self, role: str, id: str, **more: Any) -> None:
         given = await self.controller.join(role, id, pid=len(self.leases), node=f"node-of-{id}", **more)
-        self.leases.append(Lease(given["lease_address"], given["lease_token"], beat_s=given["beat_s"]))
+        beats = {key: given[key] for key in ("beat_s", "silence_s")}
+        self.leases.append(Lease(given["lease_address"], given["lease_token"], **beats))
         await self.leases[-1].start()
 
     async def group(self, id: str, identity: dict[str, Any]) -> None:

@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 
+from chaos import sockets
+
 from moeray.controller.lease import Lease, LeaseServer
 
 HOLDER = """
 import asyncio, sys, time
 from moeray.controller.lease import Lease
 async def main():
-    lease = Lease(sys.argv[1], "secret", beat_s=0.05)
+    lease = Lease(sys.argv[1], "secret", beat_s=0.05, silence_s=30)
     await lease.start()
     print("held", flush=True)
     time.sleep(60)  # a blocked event loop, as while a model loads
@@ -83,7 +85,7 @@ async def test_the_holder_learns_that_the_controller_is_gone() -> None:
     controller = subprocess.Popen([sys.executable, "-c", CONTROLLER], stdout=subprocess.PIPE)
     assert controller.stdout is not None
     address = (await asyncio.to_thread(controller.stdout.readline)).decode().strip()
-    lease = Lease(address, "secret", beat_s=0.05)
+    lease = Lease(address, "secret", beat_s=0.05, silence_s=30)
     await lease.start()
     await asyncio.sleep(0.2)
     assert not lease.lost.is_set()
@@ -93,12 +95,28 @@ async def test_the_holder_learns_that_the_controller_is_gone() -> None:
     lease.close()
 
 
+async def test_the_holder_learns_that_nothing_reaches_the_controller_any_more() -> None:
+    """A cut that closes nothing: the kernel drops what arrives for the holder, acknowledgements too."""
+    losses = Losses()
+    server = LeaseServer(losses, silence_s=30)
+    address = await server.start("127.0.0.1")
+    server.expect("secret", "m")
+    lease = Lease(address, "secret", beat_s=0.05, silence_s=2)
+    await lease.start()
+    await asyncio.sleep(3)
+    assert not lease.lost.is_set(), "beats that are acknowledged keep it"
+    assert lease._connection is not None
+    sockets.deafen(os.getpid(), lease._connection.fileno())
+    await asyncio.wait_for(lease.lost.wait(), 60)
+    await server.close()
+
+
 async def test_garbage_on_the_port_is_dropped_and_costs_no_member_anything() -> None:
     losses = Losses()
     server = LeaseServer(losses, silence_s=5)
     address = await server.start("127.0.0.1")
     server.expect("secret", "m")
-    lease = Lease(address, "secret", beat_s=0.05)
+    lease = Lease(address, "secret", beat_s=0.05, silence_s=30)
     await lease.start()
     _, writer = await asyncio.open_connection(*address.split(":"))
     writer.write(b"x" * 100_000)
