@@ -13,6 +13,7 @@ from test_transport import SMALL, serve
 from torch import Tensor
 from transport_peers import Peer, spec_of, spread
 
+from moeray.membership import Charge
 from moeray.transport import Transport, connect
 from moeray.vllm_hooks.hop import Hop
 from moeray.vllm_hooks.route import Route
@@ -35,12 +36,12 @@ def hop_to(
     addresses: list[str],
     slots: tuple[int, ...] = COPIES,
     number: int = 0,
-    accused: list[tuple[str, bool]] | None = None,
+    accused: list[tuple[str, Charge]] | None = None,
 ) -> Hop:
     """A hop that has moved to generation 1.
 
     Args:
-        accused: whom it accuses, and whether it is certain.
+        accused: whom it accuses, and of what.
     """
     spec = spec_of(SMALL, shard_number=number, patience_s=PATIENCE_S)
 
@@ -49,7 +50,7 @@ def hop_to(
         return connect(now, route.placement, route.addresses, absent=absent)
 
     hop = Hop()
-    hop.set_up(connector, lambda group, _, certain: None if accused is None else accused.append((group, certain)))
+    hop.set_up(connector, lambda group, _, charge: None if accused is None else accused.append((group, charge)))
     hop.follow(Route(spread(SMALL, slots), ("group-0", "group-1"), tuple(addresses)))
     hops.append(hop)
     return hop
@@ -123,7 +124,7 @@ def test_a_group_a_hundred_times_slower_is_left_out_though_it_answers(
         if hop.left_out:
             break
     assert list(hop.left_out) == [slow]
-    assert accused == [(f"group-{slow}", False)]
+    assert accused == [(f"group-{slow}", Charge.SLOW)]
     assert torch.equal(rows(hop, 5), expected(5))
     hop.heal()
     assert hop.left_out == {}

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from moeray.membership.accusations import Accusation, convicted, recent
+from moeray.membership.accusations import Accusation, Charge, convicted, recent
 from moeray.membership.agreement import Identity
 from moeray.membership.cluster_state import ClusterState, Delays
 from moeray.membership.generation import Generation
@@ -185,7 +185,7 @@ class Membership(ClusterState):
         adopter = replace(member, generation=max(generation, member.generation))
         return settled(self._with(adopter, floors=floors))
 
-    def accuse(self, by: str, id: str, reason: str, *, certain: bool = True) -> Membership:
+    def accuse(self, by: str, id: str, reason: str, charge: Charge = Charge.ABSENT) -> Membership:
         """A shard finds a group bad; if that is believed (accusations.py), the group is given up.
 
         An accusation of a group that nobody uses or that was given up, or by one who is no living shard, changes
@@ -196,7 +196,7 @@ class Membership(ClusterState):
         if group is None or group.given_up or not is_used or by not in {shard.id for shard in shards}:
             return self
         alive = {member.id for member in self.members.values() if member.is_alive}
-        said = (*recent(self.accusations, self.now, alive), Accusation(by, id, self.now, certain))
+        said = (*recent(self.accusations, self.now, alive), Accusation(by, id, self.now, charge))
         loses_experts = not self.current.covers(self.absent() | {id})
         if group.is_alive and not convicted(said, id, num_shards=len(shards), loses_experts=loses_experts):
             return replace(self, accusations=said)

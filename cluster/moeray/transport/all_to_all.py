@@ -26,7 +26,15 @@ from torch import Tensor
 
 from moeray.placement import Placement
 from moeray.transport.communicator import NOBODY, Communicator, Flight, Last, LinkBroken, Message
-from moeray.transport.errors import TOO_SLOW, ExpertsMissing, GroupFailed, PeerLost, StaleGeneration, TransportError
+from moeray.transport.errors import (
+    TOO_SLOW,
+    ExpertsMissing,
+    GarbageRows,
+    GroupFailed,
+    PeerLost,
+    StaleGeneration,
+    TransportError,
+)
 from moeray.transport.interface import DispatchHandle
 from moeray.transport.links import Links
 from moeray.transport.owners import all_replaceable, owners
@@ -274,8 +282,9 @@ class AllToAllTransport:
                 return StaleGeneration(self._groups[index], self.generation, status.generation)
             if status.sequence != handle.sequence:
                 raise self._lost(1 + index, f"answered call {status.sequence} instead of {handle.sequence}")
-            if status.status is Status.FAILED:
-                return GroupFailed(self._groups[index], status.text)
+            if status.status in (Status.FAILED, Status.GARBAGE):
+                kind = GarbageRows if status.status is Status.GARBAGE else GroupFailed
+                return kind(self._groups[index], status.text)
         return None
 
     def _group_of_pairs(self, handle: AllToAllHandle) -> Tensor:

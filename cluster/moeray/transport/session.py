@@ -184,7 +184,8 @@ class Session:
                 self._compute_rows(header, *rows, reply)
             except Exception as error:  # noqa: BLE001
                 # Whatever went wrong in the computation is this call's result; the shard must not wait for rows.
-                status, text = Status.FAILED, f"{type(error).__name__}: {error}"
+                status = Status.GARBAGE if isinstance(error, FloatingPointError) else Status.FAILED
+                text = f"{type(error).__name__}: {error}"
                 self.counts.failures += 1
             self.counts.calls += 1
             self.counts.tokens += header.num_rows

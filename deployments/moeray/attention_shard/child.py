@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 
 from moeray.attention_shard.spec import Event, ShardSpec, decode_event, encode_spec
+from moeray.membership import Charge
 
 STOP_GRACE_S = 12.0
 
@@ -63,16 +64,16 @@ class ShardProcess:
         """How long a layer call of its engine has waited for experts that nobody has; 0 if none does."""
         return 0.0 if self._waiting_since is None else time.monotonic() - self._waiting_since
 
-    async def ended(self, on_accused: Callable[[str, str, bool], None]) -> str:
+    async def ended(self, on_accused: Callable[[str, str, Charge], None]) -> str:
         """Wait for the end of the process; returns why it ended.
 
         Args:
-            on_accused: `(group_id, reason, certain)`, whenever the hop found an expert group bad.
+            on_accused: `(group_id, reason, charge)`, whenever the hop found an expert group bad.
         """
         reason = ""
         while (event := await self._next_event()) is not None:
-            if event.event == "accused":
-                on_accused(event.group, event.text, event.certain)
+            if event.event == "accused" and event.charge is not None:
+                on_accused(event.group, event.text, event.charge)
             elif event.event in ("waiting", "resumed"):
                 self._waiting_since = time.monotonic() if event.event == "waiting" else None
             else:

@@ -21,6 +21,7 @@ import time
 
 from moeray.attention_shard.spec import Event, ShardSpec, decode_spec, encode_event
 from moeray.health import guard
+from moeray.membership import Charge
 from moeray.placement.machine import pin_process
 
 EXIT_FAILED, EXIT_LOST, EXIT_ORPHANED = 2, 3, 4
@@ -43,9 +44,9 @@ class Events:
         with contextlib.suppress(BrokenPipeError):
             os.write(self._fd, encode_event(line))
 
-    def accuse(self, group: str, reason: str, certain: bool) -> None:
+    def accuse(self, group: str, reason: str, charge: Charge) -> None:
         """The hop found this expert group bad."""
-        self.send("accused", reason, group=group, certain=certain)
+        self.send("accused", reason, group=group, charge=charge)
 
     def waiting(self, waits: bool) -> None:
         """A layer call begins or ends to wait for experts that nobody has."""

@@ -24,7 +24,7 @@ from moeray.controller.member import ClusterMember
 from moeray.controller.settings import ControllerSettings
 from moeray.deepseek_v4.source import locate
 from moeray.health import guard
-from moeray.membership import MembershipError, Role, View
+from moeray.membership import Charge, MembershipError, Role, View
 from moeray.placement import CoreShare, Layout, Placement, contiguous
 from moeray.placement.machine import has_core_for_each
 from moeray.vllm_hooks.served_model import ExpertsIn, describe_model, experts_in
@@ -186,9 +186,9 @@ class AttentionShard:
         )
         return True
 
-    def _accuse(self, group_id: str, reason: str, certain: bool) -> None:
+    def _accuse(self, group_id: str, reason: str, charge: Charge) -> None:
         logger.warning("expert group %s is bad: %s", group_id, reason)
-        task = asyncio.create_task(self._member.accuse(group_id, reason, certain))
+        task = asyncio.create_task(self._member.accuse(group_id, reason, charge))
         self._accusing.add(task)
         task.add_done_callback(self._accusing.discard)
 

@@ -12,7 +12,9 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+from moeray.membership import Charge
 from moeray.transport.channel import user_of
+from moeray.vllm_hooks.hop import Accuse
 from moeray.vllm_hooks.route import Route
 
 logger = logging.getLogger(__name__)
@@ -29,11 +31,11 @@ class RouteRefused(RuntimeError):
 class RouteServer:
     """Tells every worker of this shard's engine where the experts are. One event loop."""
 
-    def __init__(self, on_accused: Callable[[str, str, bool], None], on_waiting: Callable[[bool], None]) -> None:
+    def __init__(self, on_accused: Accuse, on_waiting: Callable[[bool], None]) -> None:
         """What workers say beside their answers.
 
         Args:
-            on_accused: `(group_id, reason, certain)`; see `hop.Accuse`.
+            on_accused: `(group_id, reason, charge)`; see `hop.Accuse`.
             on_waiting: see `hop.OnWaiting`.
         """
         self._on_accused, self._on_waiting = on_accused, on_waiting
@@ -101,7 +103,7 @@ class RouteServer:
             while line := await reader.readline():
                 message = json.loads(line)
                 if "accuse" in message:
-                    self._on_accused(message["accuse"], message["reason"], message["certain"])
+                    self._on_accused(message["accuse"], message["reason"], Charge(message["charge"]))
                 elif "waiting" in message:
                     self._on_waiting(message["waiting"])
                 else:

@@ -17,6 +17,7 @@ from moeray.attention_shard.relay import Relay, handlers
 from moeray.attention_shard.routes import RouteServer
 from moeray.attention_shard.spec import ShardSpec
 from moeray.placement import Placement
+from moeray.vllm_hooks.hop import Accuse
 from moeray.vllm_hooks.route import Route
 
 logger = logging.getLogger(__name__)
@@ -31,13 +32,13 @@ class ShardService:
         self,
         spec: ShardSpec,
         engine: ShardEngine,
-        on_accused: Callable[[str, str, bool], None],
+        on_accused: Accuse,
         on_waiting: Callable[[bool], None],
     ) -> None:
         """What the hop says beside serving.
 
         Args:
-            on_accused: `(group_id, reason, certain)`, when it found a group bad; see `hop.Accuse`.
+            on_accused: `(group_id, reason, charge)`, when it found a group bad; see `hop.Accuse`.
             on_waiting: when a layer call begins or ends to wait for experts; see `hop.OnWaiting`.
         """
         hello = wire.Hello(wire.PROTOCOL_VERSION, engine.vllm, engine.model, f"attention shard {spec.shard}")

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from moeray.membership import Charge
+
 
 @dataclass(frozen=True, slots=True)
 class ShardSpec:
@@ -44,8 +46,8 @@ class Event:
 
     Attributes:
         event: progress (still starting), ready (port and pids are set), failed (never became ready), lost (was ready,
-            the engine died), stopped (drained and left), accused (the hop found expert group `group` bad; `certain`:
-            not merely slow), waiting and resumed (a layer call begins or ends to wait for experts that nobody has).
+            the engine died), stopped (drained and left), accused (the hop finds expert group `group` bad),
+            waiting and resumed (a layer call begins or ends to wait for experts that nobody has).
         text: the stage, or the reason.
     """
 
@@ -57,7 +59,7 @@ class Event:
     pid: int = 0
     engine_pid: int = 0
     group: str = ""
-    certain: bool = False
+    charge: Charge | None = None
     seconds: float = field(default=0.0)
     """Since the process started."""
 

@@ -23,7 +23,7 @@ from moeray.controller.redundancy import describe_generations
 from moeray.controller.settings import CONTROLLER_NAME, NAMESPACE, ControllerSettings
 from moeray.controller.store import Store, open_store
 from moeray.health import guard
-from moeray.membership import Membership, MemberState, Role, SnapshotError, View
+from moeray.membership import Charge, Membership, MemberState, Role, SnapshotError, View
 from moeray.membership.snapshot import from_json
 from moeray.placement import CoreShare, Machine, Placement, Wanted
 
@@ -103,9 +103,9 @@ class Controller:
         """A shard uses a generation and none before it, see Membership.adopted."""
         self._apply(lambda state: state.adopted(id, generation))
 
-    async def accuse(self, by: str, group_id: str, reason: str, certain: bool = True) -> bool:
+    async def accuse(self, by: str, group_id: str, reason: str, charge: Charge) -> bool:
         """A shard finds a group bad, see Membership.accuse; whether it is given up now."""
-        self._apply(lambda state: state.accuse(by, group_id, reason, certain=certain))
+        self._apply(lambda state: state.accuse(by, group_id, reason, charge))
         group = self._state.members.get(group_id)
         believed = group is None or group.given_up
         logger.warning("%s accuses %s: %s (%s)", by, group_id, reason, "given up" if believed else "kept")

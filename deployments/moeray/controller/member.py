@@ -16,7 +16,7 @@ from ray import serve
 from moeray.controller.actor import controller
 from moeray.controller.lease import Lease
 from moeray.controller.settings import ControllerSettings
-from moeray.membership import MembershipError, Role, View
+from moeray.membership import Charge, MembershipError, Role, View
 from moeray.placement import CoreShare, Wanted
 from moeray.placement.machine import pin_process, this_machine
 
@@ -134,12 +134,12 @@ class ClusterMember:
         self.generation = max(self.generation, generation)
         await self._say(self._controller.adopted, generation)
 
-    async def accuse(self, group_id: str, reason: str, certain: bool = True) -> None:
-        """Tell that an expert group is bad (`certain`) or slow; if that is believed, it is in `View.lost` soon.
+    async def accuse(self, group_id: str, reason: str, charge: Charge) -> None:
+        """Tell what is wrong with an expert group; if that is believed, it is in `View.lost` soon.
 
         Say it again when it happens again: coverage changes, and others may find the same.
         """
-        await self._say(self._controller.accuse, group_id, reason, certain)
+        await self._say(self._controller.accuse, group_id, reason, charge)
 
     async def drain(self) -> None:
         """Take nothing new, and let the others manage without this process; for good."""

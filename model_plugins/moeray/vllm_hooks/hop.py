@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeray.transport.errors import ExpertsMissing, GroupFailed, PeerLost, StaleGeneration, TransportError
+from moeray.membership import Charge
+from moeray.transport.errors import ExpertsMissing, GarbageRows, GroupFailed, PeerLost, StaleGeneration, TransportError
 from moeray.transport.interface import DispatchHandle, Transport
 from moeray.transport.links import room_for
 from moeray.transport.wire import MAX_INLINE_ROWS, Geometry
@@ -32,8 +33,8 @@ from moeray.vllm_hooks.route import Route
 
 Connect = Callable[[Route, frozenset[int], bool], Transport]
 """`connect(route, absent, in_a_hurry)`: a transport to the route's groups but those; a step waits if in a hurry."""
-Accuse = Callable[[str, str, bool], None]
-"""`accuse(group_id, reason, certain)`: tell the cluster that a group is bad; certain: not merely slow."""
+Accuse = Callable[[str, str, Charge], None]
+"""`accuse(group_id, reason, charge)`: tell the cluster that a group is bad."""
 OnWaiting = Callable[[bool], None]
 """`on_waiting(True)` when a layer call begins to wait for experts that nobody has, `on_waiting(False)` once it ends."""
 RETRY_S = 0.5
@@ -335,7 +336,10 @@ class Hop:
         self._bad[failure.group] = Blame(why, is_doubtful=is_lost)
         is_needed = not route.placement.covers(route.absent | frozenset(self._bad))
         is_late = isinstance(failure, PeerLost) and failure.is_late
-        self._accuse(route.groups[failure.group], why, is_needed or not is_late)
+        charge = Charge.SLOW if is_late and not is_needed else Charge.ABSENT
+        if isinstance(failure, GarbageRows):
+            charge = Charge.LIES
+        self._accuse(route.groups[failure.group], why, charge)
 
     def _reconnected(self, call: LayerCall, failure: TransportError, deadline: float) -> Transport:
         """A transport that may carry the call now: to the groups that are left, or of a newer route.

@@ -6,7 +6,7 @@ their own. The wire is one JSON object per line:
 
     shard process -> worker   {"route": Route, "number": n}
     worker -> shard process   {"number": n, "generation": g} when the hop has moved, with "error" instead if it cannot
-                              {"accuse": group id, "reason": text, "certain": bool}
+                              {"accuse": group id, "reason": text, "charge": Charge}
                               {"waiting": bool}: whether a layer call waits for experts that nobody has
 """
 
@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from moeray.membership import Charge
 from moeray.transport.errors import TransportError
 from moeray.vllm_hooks.hop import HEAL_S, Hop
 from moeray.vllm_hooks.route import Route
@@ -47,9 +48,9 @@ class RouteFeed:
         for work in (self._read, self._follow):
             threading.Thread(target=work, name=f"moeray-route{work.__name__}", daemon=True).start()
 
-    def accuse(self, group_id: str, reason: str, certain: bool) -> None:
+    def accuse(self, group_id: str, reason: str, charge: Charge) -> None:
         """See `hop.Accuse`; never blocks for long, never raises."""
-        self._say({"accuse": group_id, "reason": reason, "certain": certain})
+        self._say({"accuse": group_id, "reason": reason, "charge": charge})
 
     def waiting(self, waits: bool) -> None:
         """See `hop.OnWaiting`; never blocks for long, never raises."""

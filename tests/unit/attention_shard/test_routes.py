@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moeray.attention_shard.routes import RouteRefused, RouteServer
+from moeray.membership import Charge
 from moeray.placement import contiguous
 from moeray.transport import HandshakeRefused, LocalTransport, Transport
 from moeray.vllm_hooks.hop import Hop
@@ -54,7 +55,7 @@ def run(story: Coroutine[Any, Any, None]) -> None:
 
 
 async def following(
-    engines: list[Engine], accused: list[tuple[str, str, bool]], waits: list[bool] | None = None
+    engines: list[Engine], accused: list[tuple[str, str, Charge]], waits: list[bool] | None = None
 ) -> RouteServer:
     server = RouteServer(lambda *accusation: accused.append(accusation), [].append if waits is None else waits.append)
     name = await server.start()
@@ -143,10 +144,10 @@ def test_accusations_reach_the_shard_process() -> None:
         engine, accused = Engine(), []
         await following([engine], accused)
         assert engine.feed is not None
-        await asyncio.to_thread(engine.feed.accuse, "group-a", "no answer within 1 s", False)
+        await asyncio.to_thread(engine.feed.accuse, "group-a", "no answer within 1 s", Charge.SLOW)
         while not accused:
             await asyncio.sleep(0.01)
-        assert accused == [("group-a", "no answer within 1 s", False)]
+        assert accused == [("group-a", "no answer within 1 s", Charge.SLOW)]
 
     run(story())
 

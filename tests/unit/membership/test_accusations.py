@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from memberships import TWICE, formed, later, prepared, with_group, with_shard
 
-from moeray.membership import Membership, MembershipError, Role
+from moeray.membership import Charge, Membership, MembershipError, Role
 from moeray.membership.accusations import SLOW_TIMES, WINDOW_S
 
 
@@ -29,22 +29,27 @@ def test_a_second_one_is_not_given_up_if_its_experts_would_be_lost_by_that(cover
     assert given_up(state.accuse("s", "g2", "not a number")) == {"g1"}
 
 
-def test_the_last_copies_are_given_up_when_most_shards_are_certain() -> None:
+def test_the_last_copies_are_given_up_when_most_shards_cannot_reach_them() -> None:
     state = with_shard(formed(2), "t")
     one = state.accuse("s", "g0", "garbage").accuse("s", "g0", "garbage")
     assert given_up(one) == frozenset()
-    assert given_up(one.accuse("t", "g0", "slow", certain=False)) == frozenset()
+    assert given_up(one.accuse("t", "g0", "slow", Charge.SLOW)) == frozenset()
     assert given_up(one.accuse("t", "g0", "garbage")) == {"g0"}
     assert given_up(one.lose("t", "killed").accuse("s", "g0", "garbage")) == {"g0"}, "the only shard is most of them"
+
+
+def test_the_last_copies_are_given_up_at_once_when_they_gave_garbage() -> None:
+    state = with_shard(formed(2), "t")
+    assert given_up(state.accuse("s", "g0", "NaN", Charge.LIES)) == {"g0"}
 
 
 def test_a_slow_group_is_given_up_when_that_was_said_often_within_a_minute(covered: Membership) -> None:
     state = covered
     for _ in range(SLOW_TIMES - 1):
-        state = state.accuse("s", "g1", "slow", certain=False)
+        state = state.accuse("s", "g1", "slow", Charge.SLOW)
     assert given_up(state) == frozenset()
-    assert given_up(later(state, WINDOW_S).accuse("s", "g1", "slow", certain=False)) == frozenset()
-    assert given_up(state.accuse("t", "g1", "slow", certain=False)) == {"g1"}
+    assert given_up(later(state, WINDOW_S).accuse("s", "g1", "slow", Charge.SLOW)) == frozenset()
+    assert given_up(state.accuse("t", "g1", "slow", Charge.SLOW)) == {"g1"}
 
 
 def test_accusations_by_strangers_or_of_strangers_change_nothing(covered: Membership) -> None:

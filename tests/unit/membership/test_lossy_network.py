@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from memberships import DELAYS, MODEL, TWICE, start
 
-from moeray.membership import Generation, Membership, MembershipError, MemberState, Role, View
+from moeray.membership import Charge, Generation, Membership, MembershipError, MemberState, Role, View
 from moeray.membership.snapshot import from_json, to_json
 
 NUM_OLD_SNAPSHOTS = 3
@@ -173,11 +173,11 @@ class Cluster(RuleBasedStateMachine):
             process.is_draining = True
             process.outbox.append(lambda s: s.drain(process.id))
 
-    @rule(data=st.data(), certain=st.booleans())
-    def a_shard_accuses_a_group(self, data: st.DataObject, certain: bool) -> None:
+    @rule(data=st.data(), charge=st.sampled_from(Charge))
+    def a_shard_accuses_a_group(self, data: st.DataObject, charge: Charge) -> None:
         by, of = self.some(data, Role.ATTENTION_SHARD), self.some(data, Role.EXPERT_GROUP)
         if by is not None and of is not None:
-            by.outbox.append(lambda s: s.accuse(by.id, of.id, "garbage", certain=certain))
+            by.outbox.append(lambda s: s.accuse(by.id, of.id, "accused", charge))
 
     @rule(data=st.data(), fate=st.sampled_from(["deliver", "deliver", "deliver", "double", "lose"]))
     def a_message_travels(self, data: st.DataObject, fate: str) -> None:

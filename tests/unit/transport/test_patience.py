@@ -19,10 +19,10 @@ def call(others_s: float, alone_s: float, rows: tuple[int, ...] = ROWS, last: in
     return Answered(rows, others_s + alone_s, last if alone_s else -1, alone_s)
 
 
-def seconds_until_over(known: Patience, answered: Answered, *, between_s: float = 0.0, at_most_s: float = 60.0) -> float:
+def seconds_until_over(known: Patience, answered: Answered, *, between_s: float = 0.0) -> float:
     """How long calls like this one may go on, one after the other."""
     now = 0.0
-    while now < at_most_s:
+    while now < 60.0:
         now += answered.seconds
         if known.is_over(answered, now):
             return now

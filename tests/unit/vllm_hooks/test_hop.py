@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moeray.membership import Charge
 from moeray.placement import Placement, contiguous
 from moeray.transport import (
     DispatchHandle,
@@ -25,6 +26,7 @@ from moeray.transport import (
     connect,
 )
 from moeray.transport.all_to_all import AllToAllTransport
+from moeray.transport.errors import GarbageRows
 from moeray.vllm_hooks import hop as hop_module
 from moeray.vllm_hooks.hop import Hop, NotConnected
 from moeray.vllm_hooks.route import Route
@@ -83,8 +85,8 @@ class Cluster:
         self.made.append(Doubling(route.generation, absent, self.fails.pop(0) if self.fails else []))
         return self.made[-1]
 
-    def accuse(self, group: str, reason: str, certain: bool) -> None:
-        self.accused.append((group, reason, certain))
+    def accuse(self, group: str, reason: str, charge: Charge) -> None:
+        self.accused.append((group, reason, charge))
 
     def route(self, generation: int = 1, addresses: tuple[str, ...] = ("a:1", "b:2")) -> Route:
         placement = self.placement
@@ -180,7 +182,7 @@ def test_a_lost_groups_copies_are_asked_at_once(stage: str) -> None:
     assert torch.equal(layer_call(hop), X * 2)
     assert [each.absent for each in cluster.made] == [frozenset(), {1}]
     assert hop.left_out == {1: "connection closed by peer"}
-    assert cluster.accused == [("group-1", "connection closed by peer", True)]
+    assert cluster.accused == [("group-1", "connection closed by peer", Charge.ABSENT)]
     report = hop.report()
     assert (report["failures"], report["calls"]) == (1, 1)
     assert 0 < report["longest_stall_us"] <= report["stalled_us"]
@@ -192,7 +194,7 @@ def test_a_late_group_is_left_out_and_accused_of_being_slow_only() -> None:
     hop = cluster.hop()
     hop.follow(cluster.route())
     assert torch.equal(layer_call(hop), X * 2)
-    assert cluster.accused == [("group-0", "no answer within 1 s", False)]
+    assert cluster.accused == [("group-0", "no answer within 1 s", Charge.SLOW)]
     hop.heal()
     assert hop.left_out == {} and cluster.made[-1].absent == frozenset()
 
@@ -225,7 +227,7 @@ def test_without_a_copy_the_call_waits_for_the_next_route() -> None:
     assert torch.equal(results[0], X * 2)
     assert hop.generation == 3
     assert cluster.waits == [True, False], "said once, however often it was tried in between"
-    assert cluster.accused == [("group-1", "connection closed by peer", True)]
+    assert cluster.accused == [("group-1", "connection closed by peer", Charge.ABSENT)]
 
 
 def test_a_call_that_needs_no_lost_expert_does_not_wait() -> None:
@@ -262,12 +264,12 @@ def test_a_group_that_was_only_late_is_tried_again_while_a_call_waits(monkeypatc
 
 def test_an_error_that_two_groups_give_is_the_calls_own() -> None:
     cluster = Cluster()
-    cluster.fails = [[("combine", GroupFailed(1, "NaN"))], [("combine", GroupFailed(0, "NaN"))]]
+    cluster.fails = [[("combine", GarbageRows(1, "NaN"))], [("combine", GarbageRows(0, "NaN"))]]
     hop = cluster.hop()
     hop.follow(cluster.route())
     with pytest.raises(GroupFailed, match="expert group 0 failed"):
         layer_call(hop)
-    assert [(group, certain) for group, _, certain in cluster.accused] == [("group-1", True)]
+    assert [(group, charge) for group, _, charge in cluster.accused] == [("group-1", Charge.LIES)]
 
 
 def test_a_group_that_gives_errors_is_not_tried_again() -> None:
