@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from moeray.ingress.server import IngressServer, IngressSettings
 
 
 async def main(model: Path, http_port: int, grpc_port: int, shard: str) -> None:
+    said = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # vLLM logs to stdout, where the ports alone are read
     front = {"model": str(model), "model_name": MODEL, "engine_args": {}}
     settings = IngressSettings("killed", front, http_port=http_port, grpc_port=grpc_port, shares_ports=True)
     server = IngressServer(settings)
@@ -19,7 +22,7 @@ async def main(model: Path, http_port: int, grpc_port: int, shard: str) -> None:
     await server.set_shards(dict([shard.split("=")]))
     while server.describe()["shards"]["s0"]["state"] != "ready":
         await asyncio.sleep(0.05)
-    print(server.http_port, server.grpc_port, file=sys.__stdout__, flush=True)
+    print(server.http_port, server.grpc_port, file=said, flush=True)
     await asyncio.get_running_loop().create_future()
 
 
