@@ -32,6 +32,7 @@ class Process:
         held: of a group: generations whose experts it has.
         contents: what each number it has heard of stands for: it must never mean something else.
         outbox: messages on their way to the controller.
+        may_be_stale: of a shard: the controller did not count on it for a while, so that its generation may be gone.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Process:
     contents: dict[int, tuple[str, ...]] = field(default_factory=dict)
     outbox: list[Event] = field(default_factory=list)
     is_draining: bool = False
+    may_be_stale: bool = False
 
     def join(self, state: Membership) -> Membership:
         return state.join(
@@ -82,6 +84,7 @@ class Cluster(RuleBasedStateMachine):
         self.processes: dict[str, Process] = {}
         self.snapshots = [to_json(self.state)]
         self.has_prepared: set[tuple[str, int]] = set()
+        self.was_in_force: set[int] = set()  # numbers that this life of the controller has known in force
         for role in (*[Role.EXPERT_GROUP] * 3, *[Role.ATTENTION_SHARD] * 2):
             self.a_process_starts(role)
         while self.state.oldest < 1:  # what is worth to be seen begins with a cluster that serves
@@ -104,7 +107,14 @@ class Cluster(RuleBasedStateMachine):
         text = to_json(self.state)
         if text != self.snapshots[-1]:
             self.snapshots = [*self.snapshots, text][-NUM_OLD_SNAPSHOTS:]
+        self.remember()
         return True
+
+    def remember(self) -> None:
+        """After every change of the state: what has been in force, and who is not counted on."""
+        self.was_in_force.update(generation.number for generation in (*self.state.past, self.state.current))
+        for process in self.processes.values():
+            process.may_be_stale |= process.id not in self.state.floors
 
     @rule(seconds=st.sampled_from([0.1, 2.0, 61.0]))
     def time_passes(self, seconds: float) -> None:
@@ -116,6 +126,8 @@ class Cluster(RuleBasedStateMachine):
         text = self.snapshots[-min(age, len(self.snapshots))]
         self.state = from_json(text, TWICE, DELAYS, epoch=self.epoch, now=0.0)
         self.snapshots = [text]
+        self.was_in_force = set()
+        self.remember()
         for process in self.processes.values():
             process.outbox = []
 
@@ -128,6 +140,15 @@ class Cluster(RuleBasedStateMachine):
     @rule(num_groups=st.integers(2, 5))
     def scale(self, num_groups: int) -> None:
         self.apply(lambda s: s.scale(num_groups))
+
+    @rule(is_followed=st.booleans())
+    def the_same_groups_get_a_better_placement(self, is_followed: bool) -> None:
+        current = self.state.current
+        if current.placement is not None:
+            placement = current.placement
+            self.apply(lambda s: s.propose_placement(placement, current.number))
+        if is_followed:
+            self.all_groups_follow()
 
     # --- processes
 
@@ -209,6 +230,23 @@ class Cluster(RuleBasedStateMachine):
         if process is not None:
             self.see(process)
 
+    @rule()
+    def those_that_ended_are_replaced(self) -> None:
+        """As Serve does."""
+        while sum(p.role is Role.EXPERT_GROUP and self.knows(p) for p in self.processes.values()) < self.state.target:
+            self.a_process_starts(Role.EXPERT_GROUP)
+        self.all_groups_follow()
+
+    @rule()
+    def all_groups_follow(self) -> None:
+        """Whatever is proposed comes in force, and what may be released is, while the shards are where they were."""
+        for _ in range(2):  # what they prepare; what they may release once that is in force
+            for process in list(self.processes.values()):
+                if process.role is Role.EXPERT_GROUP:
+                    self.see(process)
+                    while process.outbox:
+                        self.apply(process.outbox.pop(0))
+
     def see(self, process: Process) -> None:
         view = self.state.view()
         if not self.knows(process):
@@ -216,9 +254,12 @@ class Cluster(RuleBasedStateMachine):
         process.hear(view)
         if process.role is Role.EXPERT_GROUP:
             self.group_sees(process, view)
+        elif process.id not in self.state.floors:
+            return  # it connects to no group before it was told that its model is known
         elif view.generation > process.generation:
             if all(id in self.processes and view.generation in self.processes[id].held for id in view.groups):
                 process.generation = view.generation
+                process.may_be_stale = False
                 process.say_adopted(view.generation)
         elif view.generation == process.generation:
             process.say_adopted(view.generation)
@@ -243,13 +284,35 @@ class Cluster(RuleBasedStateMachine):
 
     # --- what must hold
 
+    def counted_on(self) -> list[Process]:
+        """The shards that use a generation, as far as the controller has known all the time."""
+        shards = [process for process in self.processes.values() if process.role is Role.ATTENTION_SHARD]
+        return [s for s in shards if s.generation and s.id in self.state.floors and not s.may_be_stale]
+
     @invariant()
     def no_group_was_asked_to_release_what_a_living_shard_uses(self) -> None:
-        for shard in self.processes.values():
-            if shard.role is Role.ATTENTION_SHARD and shard.generation and self.knows(shard):
-                for id in shard.contents[shard.generation]:
-                    if id in self.processes and self.knows(self.processes[id]):
-                        assert shard.generation in self.processes[id].held
+        for shard in self.counted_on():
+            for id in shard.contents[shard.generation]:
+                if id in self.processes and self.knows(self.processes[id]):
+                    assert shard.generation in self.processes[id].held
+
+    @invariant()
+    def no_group_may_release_or_leave_what_a_living_shard_uses(self) -> None:
+        view = self.state.view()
+        for shard in self.counted_on():
+            assert view.oldest <= shard.generation
+            assert not view.may_leave.intersection(shard.contents[shard.generation])
+
+    @invariant()
+    def what_a_living_shard_uses_is_known(self) -> None:
+        for shard in self.counted_on():
+            if shard.generation in self.was_in_force:
+                known = self.state.generation(shard.generation)
+                assert known is not None and known.groups == shard.contents[shard.generation]
+
+    @invariant()
+    def what_nobody_uses_is_not_kept(self) -> None:
+        assert all(generation.number >= self.state.oldest for generation in self.state.past)
 
     @invariant()
     def coverage_is_what_the_placement_says(self) -> None:
