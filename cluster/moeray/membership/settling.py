@@ -58,8 +58,7 @@ def _tidied(state: State) -> State:
     alive = {id: floor for id, floor in state.floors.items() if id in state.members and state.members[id].is_alive}
     if len(alive) < len(state.floors):
         state = replace(state, floors=MappingProxyType(alive))
-    oldest = state.oldest if state.users() else state.current.number
-    used = tuple(generation for generation in state.past if generation.number >= oldest)
+    used = tuple(generation for generation in state.past if generation.number >= state.oldest)
     if len(used) < len(state.past):
         state = changed(state, past=used)
     if state.is_settled:
