@@ -58,6 +58,20 @@ def test_a_commit_that_was_published_but_not_written_holds() -> None:
     assert state.adopted("s", 2).oldest == 2
 
 
+def test_a_proposal_is_not_withdrawn_while_somebody_may_come_who_knows_it_in_force() -> None:
+    state = restarted(with_group(formed(2).lose("g0", "killed"), "new")).lose("new", "did not come back")
+    assert state.view().proposed == 2
+    state = back(state, "s", 2)
+    assert (state.current.number, state.view().missing) == (2, ("expert group 0 (did not come back)",))
+
+
+def test_nothing_is_proposed_while_somebody_may_come_who_heard_of_a_newer_number() -> None:
+    state = with_group(back(restarted(formed(2).lose("g0", "killed")), "g1", 1), "new")
+    assert (state.awaited, state.proposal) == ({"s"}, None)
+    state = back(state, "s", 1, heard=5)
+    assert (state.view().proposed, state.view().proposed_groups) == (6, ("new", "g1"))
+
+
 def test_without_any_memory_the_next_number_is_above_all_that_was_heard_of() -> None:
     state = start(2)
     for id in ("g1", "g0"):
