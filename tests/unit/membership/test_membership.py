@@ -54,6 +54,13 @@ def test_the_survivors_take_over_when_a_lost_group_has_not_come_back_in_time() -
     assert of(state) == (3, ("g0", "back", "g2"))
 
 
+def test_a_second_loss_long_after_the_first_is_waited_for_anew() -> None:
+    healed = later(prepared(with_group(formed(3).lose("g1", "killed"), "new")), 1000.0)
+    state = later(healed.lose("g0", "killed"), DELAYS.regroup_s - 0.1)
+    assert (healed.is_complete, state.proposal) == (True, None)
+    assert later(state, 0.2).view().proposed_groups == ("new", "g2")
+
+
 def test_a_group_that_joins_and_dies_again_and_again_does_not_keep_the_survivors_waiting() -> None:
     state = formed(3).lose("g1", "killed")
     for attempt in range(13):
