@@ -20,14 +20,17 @@ ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
 
 @contextlib.contextmanager
 def ray_nodes(*pools: str) -> Iterator[str]:
-    """A head (attention, ingress) and a worker for each of these pools, by `ray start`; yields the head's address."""
+    """A head (attention, ingress) and a worker for each of these pools, by `ray start`; yields the head's address.
+
+    The head alone has the label `at=head`.
+    """
     (port,) = free_ports(1)
     folder = tempfile.mkdtemp(prefix="moeray-ray-", dir="/tmp")  # Ray's socket paths must stay below 108 characters
     start = [RAY, "start", "--disable-usage-stats", "--num-cpus=4", "--object-store-memory=100000000"]
     before = {process.pid for process in psutil.process_iter()}
     try:
         head = ["--head", "--node-ip-address=127.0.0.2", f"--port={port}", "--include-dashboard=false",
-                "--labels=pool=attention", f"--temp-dir={folder}"]  # fmt: skip
+                "--labels=pool=attention,at=head", f"--temp-dir={folder}"]  # fmt: skip
         workers = [
             [f"--address=127.0.0.2:{port}", f"--node-ip-address=127.0.0.{3 + number}", f"--labels=pool={pool}"]
             for number, pool in enumerate(pools)
@@ -44,9 +47,12 @@ def ray_nodes(*pools: str) -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def raylet_of(process: int) -> psutil.Process:
-    """The Ray node's own process that started this worker."""
-    return next(each for each in psutil.Process(process).parents() if "raylet" in each.name())
+def lose_node_of(worker: int) -> None:
+    """The node that runs the process with this pid is gone: every process of it at once."""
+    raylet = next(each for each in psutil.Process(worker).parents() if "raylet" in each.name())
+    for process in (raylet, *raylet.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended with the one before it
+            process.kill()
 
 
 def drain(address: str, node_id: str) -> None:
