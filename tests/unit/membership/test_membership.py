@@ -7,6 +7,7 @@ from memberships import DELAYS, TWICE, adopted, formed, later, prepared, start, 
 
 from moeray.membership import Membership, MembershipError, MemberState, Role
 from moeray.membership.cluster_state import ClusterState
+from moeray.membership.state import NUM_LOST_REMEMBERED
 
 
 def of(state: ClusterState) -> tuple[int, tuple[str, ...]]:
@@ -188,6 +189,15 @@ def test_only_ready_shards_are_offered_to_an_ingress() -> None:
 def test_a_lost_process_cannot_report_ready() -> None:
     with pytest.raises(MembershipError, match="lost, killed"):
         formed(1).lose("g0", "killed").ready("g0", "h:1")
+
+
+def test_only_the_last_of_those_that_were_lost_are_remembered() -> None:
+    state = formed(2)
+    for number in range(30):
+        state = with_group(state, f"x{number}").lose(f"x{number}", "killed")
+    lost = [id for id, member in state.members.items() if not member.is_alive]
+    assert lost == [f"x{number}" for number in range(30 - NUM_LOST_REMEMBERED, 30)]
+    assert {"s", "g0", "g1"} < state.members.keys()
 
 
 def test_a_group_whose_lease_broke_comes_back_as_itself_and_nothing_changes() -> None:
