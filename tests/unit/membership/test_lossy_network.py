@@ -85,6 +85,7 @@ class Cluster(RuleBasedStateMachine):
         self.snapshots = [to_json(self.state)]
         self.has_prepared: set[tuple[str, int]] = set()
         self.was_in_force: set[int] = set()  # numbers that this life of the controller has known in force
+        self.newest_in_force = 0  # of any life
         for role in (*[Role.EXPERT_GROUP] * 3, *[Role.ATTENTION_SHARD] * 2):
             self.a_process_starts(role)
         while self.state.oldest < 1:  # what is worth to be seen begins with a cluster that serves
@@ -113,15 +114,16 @@ class Cluster(RuleBasedStateMachine):
     def remember(self) -> None:
         """After every change of the state: what has been in force, and who is not counted on."""
         self.was_in_force.update(generation.number for generation in (*self.state.past, self.state.current))
+        self.newest_in_force = max(self.newest_in_force, *self.was_in_force)
         for process in self.processes.values():
-            process.may_be_stale |= process.id not in self.state.floors
+            process.may_be_stale |= not self.knows(process)
 
     @rule(seconds=st.sampled_from([0.1, 2.0, 61.0]))
     def time_passes(self, seconds: float) -> None:
         self.apply(lambda s: s.at(s.now + seconds).tick())
 
-    @rule(age=st.integers(1, NUM_OLD_SNAPSHOTS))
-    def the_controller_is_killed(self, age: int) -> None:
+    @rule(age=st.integers(1, NUM_OLD_SNAPSHOTS), come_back=st.booleans())
+    def the_controller_is_killed(self, age: int, come_back: bool) -> None:
         self.epoch += 1
         text = self.snapshots[-min(age, len(self.snapshots))]
         self.state = from_json(text, TWICE, DELAYS, epoch=self.epoch, now=0.0)
@@ -129,7 +131,11 @@ class Cluster(RuleBasedStateMachine):
         self.was_in_force = set()
         self.remember()
         for process in self.processes.values():
+            process.may_be_stale |= bool(process.generation) and process.id not in self.state.floors
             process.outbox = []
+        for process in self.processes.values():
+            if come_back:
+                self.comes(process)
 
     @precondition(lambda self: self.state.awaited)
     @rule()
@@ -169,6 +175,8 @@ class Cluster(RuleBasedStateMachine):
     def comes(self, process: Process) -> None:
         if self.apply(process.join):
             process.index = self.state.members[process.id].index
+            if process.generation == self.newest_in_force:
+                process.may_be_stale = False  # nobody can have been told to release that
             process.introduce_itself()
 
     @rule(data=st.data())
@@ -287,7 +295,7 @@ class Cluster(RuleBasedStateMachine):
     def counted_on(self) -> list[Process]:
         """The shards that use a generation, as far as the controller has known all the time."""
         shards = [process for process in self.processes.values() if process.role is Role.ATTENTION_SHARD]
-        return [s for s in shards if s.generation and s.id in self.state.floors and not s.may_be_stale]
+        return [shard for shard in shards if shard.generation and self.knows(shard) and not shard.may_be_stale]
 
     @invariant()
     def no_group_was_asked_to_release_what_a_living_shard_uses(self) -> None:
