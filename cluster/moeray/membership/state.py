@@ -81,7 +81,7 @@ class Membership(ClusterState):
         member, heard = self.members.get(id), max(heard, generation)
         if id in self.awaited and member is not None:
             back = replace(member, pid=pid, node=node, generation=max(member.generation, generation))
-            return settled(self._with(back, awaited=self.awaited - {id})._told(generation, heard))
+            return settled(self._with(back, awaited=self.awaited - {id})._used(id, generation)._told(generation, heard))
         if member is not None and member.is_alive:
             raise MembershipError(f"{role} {id} has joined already")
         if member is not None and member.given_up:
@@ -96,9 +96,7 @@ class Membership(ClusterState):
         state = self._with(Member(id, role, pid, node, index, generation=generation))
         if role is Role.EXPERT_GROUP:
             state = state._replaced(index)
-        elif role is Role.ATTENTION_SHARD and generation:
-            state = replace(state, floors=MappingProxyType({**state.floors, id: generation}))
-        return settled(state._told(generation, heard))
+        return settled(state._used(id, generation)._told(generation, heard))
 
     def identify(self, id: str, identity: Identity) -> Membership:
         """A process has opened this model; a group says so before it is ready, a shard before it connects.
@@ -265,6 +263,12 @@ class Membership(ClusterState):
         lost = [other.id for other in members.values() if not other.is_alive]
         surplus = set(lost[: max(0, len(lost) - NUM_LOST_REMEMBERED)])
         return changed(self, members=_without(members, surplus), **changes)
+
+    def _used(self, id: str, generation: int) -> Membership:
+        """A shard that joins may use `generation`, unless an older one is known of it."""
+        if not generation or self.members[id].role is not Role.ATTENTION_SHARD or id in self.floors:
+            return self
+        return replace(self, floors=MappingProxyType({**self.floors, id: generation}))
 
     def _told(self, generation: int, heard: int) -> Membership:
         """A member that joins says that `generation` is or was in force, and `heard` was the newest."""

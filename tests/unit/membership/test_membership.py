@@ -155,6 +155,10 @@ def test_an_older_generation_is_known_as_long_as_a_living_shard_may_use_it() -> 
     gone = state.lose("t", "killed")
     assert (gone.oldest, gone.generation(1), gone.generation(2) is not None) == (2, None, True)
     assert state.adopted("t", 2).oldest == 2
+    late = with_shard(adopted(state), "u").adopted("u", 1)
+    assert late.oldest == 2, "one that came since has never used it"
+    lagging = prepared(with_group(state.lose("g1", "killed"), "newer"))
+    assert [number for number in (1, 2, 3) if lagging.generation(number)] == [1, 2, 3]
 
 
 def test_not_split_is_in_force_at_once_and_has_nothing_to_scale() -> None:
@@ -202,6 +206,7 @@ def test_only_the_last_of_those_that_were_lost_are_remembered() -> None:
 
 def test_a_group_whose_lease_broke_comes_back_as_itself_and_nothing_changes() -> None:
     state = formed(2).lose("g0", "connection closed")
+    assert state.view().lost == frozenset(), "it is not told to end"
     state = state.join(id="g0", role=Role.EXPERT_GROUP, pid=1, node="n", index=0, generation=1)
     state = state.identify("g0", {"fingerprint": "abc"}).ready("g0", "host:g0")
     assert (of(state), state.is_complete, state.proposal) == ((1, ("g0", "g1")), True, None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from memberships import DELAYS, LAYOUT, MODEL, TWICE, adopted, formed, later, prepared, start, with_group, with_shard
 
@@ -70,6 +72,33 @@ def test_nothing_is_proposed_while_somebody_may_come_who_heard_of_a_newer_number
     assert (state.awaited, state.proposal) == ({"s"}, None)
     state = back(state, "s", 1, heard=5)
     assert (state.view().proposed, state.view().proposed_groups) == (6, ("new", "g1"))
+
+
+def a_newer_one_in_force(state: Membership) -> Membership:
+    """Group "g0" of two is replaced."""
+    return prepared(with_group(state.lose("g0", "killed"), "newer"))
+
+
+def test_what_a_shard_uses_is_kept_over_a_restart() -> None:
+    state = restarted(a_newer_one_in_force(formed(2)))
+    assert (state.current.number, state.oldest, state.generation(1) is not None) == (2, 1, True)
+
+
+@pytest.mark.parametrize("how", ["restart", "restart of one that did not know its model", "broken lease"])
+def test_what_a_shard_uses_is_kept_from_the_moment_that_it_is_back(how: str) -> None:
+    if how == "broken lease":
+        state = formed(2).lose("s", "connection closed")
+    else:
+        state = restarted(formed(2))
+        for id in ("g0", "g1"):
+            state = back(state, id, 1)
+    if "did not know" in how:
+        state = replace(state, floors={})
+    state = a_newer_one_in_force(with_shard(back(state, "s", 1), "t")).adopted("t", 2)
+    assert (state.current.number, state.oldest, state.generation(1) is not None) == (2, 1, True)
+    said = state.identify("s", MODEL)
+    assert (said.oldest, said.adopted("s", 1).oldest) == (1, 1)
+    assert adopted(said).oldest == 2
 
 
 def test_without_any_memory_the_next_number_is_above_all_that_was_heard_of() -> None:
