@@ -21,6 +21,8 @@ from moeray.config import IngressConfig
 from moeray.ingress.admission import Admission
 from moeray.ingress.in_flight import MAX_ATTEMPTS, MAX_DEATHS, InFlight
 from moeray.ingress.shard_link import SILENCE_S, LinkState, ShardLink
+from moeray.ingress.suspects import Suspects
+from moeray.ingress.waiting import Waiting
 from moeray.vllm_hooks.admission import Need, Place
 from moeray.vllm_hooks.engine_core import EndsShards, NoShardReady, RequestFailed, ShardLost
 
@@ -40,9 +42,6 @@ PAUSE_S = 0.5
 class ShardPool:
     """Spreads requests over the linked shards, least loaded first.
 
-    A request with which shards died again and again, and that got no token from them, is a suspect until it gets one.
-    At most one suspect runs on a shard: the next death shows which request ends shards, and takes no other along.
-
     Attributes:
         in_flight: request id -> InFlight, for every request that has not ended.
         continued: how often a request went on on another shard.
@@ -61,7 +60,7 @@ class ShardPool:
         self.in_flight: dict[str, InFlight] = {}
         self.continued = 0
         self._hello = hello
-        self._wait_s = min(WAIT_S, limits.max_wait_s) if wait_s is None else wait_s
+        self._waiting = Waiting(min(WAIT_S, limits.max_wait_s) if wait_s is None else wait_s, self._give_up)
         self._silence_s = silence_s
         self._last_ready = -inf  # when a shard came or went; of use only while none is ready
         self._held = ""
@@ -70,8 +69,7 @@ class ShardPool:
         self._served: Counter[str] = Counter()
         self._leaving: set[str] = set()
         self._paused: set[str] = set()
-        self._suspects: dict[str, InFlight] = {}  # by the shard that runs it
-        self._waiting: dict[str, asyncio.TimerHandle] = {}  # by request id, in the order of their loss
+        self._suspects = Suspects()
         self._by_wire_id: dict[str, InFlight] = {}
         self._retiring: set[asyncio.Task[None]] = set()  # kept, or the loop may drop them
         self._is_closing = False
@@ -89,11 +87,6 @@ class ShardPool:
         return [
             shard for shard, link in self._links.items() if link.state is LinkState.READY and shard not in self._leaving
         ]
-
-    @property
-    def num_waiting(self) -> int:
-        """Accepted requests that no shard runs now."""
-        return len(self._waiting)
 
     def describe(self) -> dict[str, dict[str, object]]:
         """Per shard: address, state, why it is not ready, requests of this ingress."""
@@ -200,14 +193,13 @@ class ShardPool:
         self.admission.answered(known.request.external_req_id)
         if output.finish_reason is not None:
             self._end(known)
-        elif self._suspects.get(known.shard) is known:
-            del self._suspects[known.shard]
+        elif self._suspects.discard(known):
             self._place_waiting()
         return True
 
     def _was_ready_lately(self) -> bool:
         """Whether a request may wait for a shard: there was one, and its successor is due."""
-        return asyncio.get_running_loop().time() - self._last_ready < self._wait_s
+        return asyncio.get_running_loop().time() - self._last_ready < self._waiting.wait_s
 
     def _ready(self, _: ShardLink) -> None:
         self._place_waiting()
@@ -227,34 +219,30 @@ class ShardPool:
 
     # ---- where requests run
 
-    def _place(self, known: InFlight) -> bool:
-        """Send it to the least loaded shard that may have it; without one it waits. Whether it was sent."""
-        shards = [shard for shard in self.ready_shards if shard not in self._paused]
-        if known.is_suspect:
-            shards = [shard for shard in shards if shard not in self._suspects]
+    def _place(self, known: InFlight) -> None:
+        """Send it to the least loaded shard that may have it; without one it waits."""
+        shards = [
+            shard for shard in self.ready_shards
+            if shard not in self._paused and self._suspects.may_run(known, shard)
+        ]  # fmt: skip
         if not shards:
-            if known.request_id not in self._waiting:
-                self._waiting[known.request_id] = asyncio.get_running_loop().call_later(
-                    self._wait_s, self._give_up, known
-                )
-            return False
+            self._waiting.add(known)
+            return
         shard = min(shards, key=lambda name: (self._load[name], self._served[name]))
-        self._stop_waiting(known)
+        self._waiting.discard(known)
         self._served[shard] += 1
         self._load[shard] += 1
-        if known.is_suspect:
-            self._suspects[shard] = known
+        self._suspects.start(known, shard)
         if known.attempts:
             self.continued += 1
             logger.info("%s goes on on %s after %d tokens", known.request_id, shard, len(known.token_ids))
         request = known.start_on(shard)
         self._by_wire_id[known.wire_id] = known
         self._links[shard].send(wire.Add(wire.copied(self._encoder.encode(request))))
-        return True
 
     def _place_waiting(self) -> None:
-        for request_id in list(self._waiting):
-            self._place(self.in_flight[request_id])
+        for known in self._waiting:
+            self._place(known)
 
     def _move_all(self, shard: str, end: str | None) -> None:
         for known in [known for known in self.in_flight.values() if known.shard == shard]:
@@ -278,7 +266,8 @@ class ShardPool:
             self._place(known)
 
     def _give_up(self, known: InFlight) -> None:
-        self._fail(known, NoShardReady(f"no shard could go on with this for {self._wait_s:g} s: {self._why_none()}"))
+        waited = f"{self._waiting.wait_s:g} s"
+        self._fail(known, NoShardReady(f"no shard could go on with this for {waited}: {self._why_none()}"))
 
     def _fail(self, known: InFlight, error: Exception) -> None:
         self._end(known)
@@ -286,7 +275,7 @@ class ShardPool:
 
     def _end(self, known: InFlight) -> None:
         del self.in_flight[known.request_id]
-        self._stop_waiting(known)
+        self._waiting.discard(known)
         self._leave(known, None)
 
     def _leave(self, known: InFlight, end: str | None) -> None:
@@ -294,19 +283,14 @@ class ShardPool:
         if not (shard := known.shard):
             return
         del self._by_wire_id[known.wire_id]
+        if self._suspects.discard(known):
+            asyncio.get_running_loop().call_soon(self._place_waiting)
         known.leave(end)
         self._load[shard] -= 1
-        if self._suspects.get(shard) is known:
-            del self._suspects[shard]
-            asyncio.get_running_loop().call_soon(self._place_waiting)
         if shard in self._leaving and not self._load[shard]:
             task = asyncio.create_task(self._remove(shard))
             self._retiring.add(task)
             task.add_done_callback(self._retiring.discard)
-
-    def _stop_waiting(self, known: InFlight) -> None:
-        if (timer := self._waiting.pop(known.request_id, None)) is not None:
-            timer.cancel()
 
     def _why_none(self) -> str:
         if not self._links:

@@ -1,0 +1,149 @@
+"""What happens to a request when its shard goes: it goes on elsewhere, after the tokens that the client has."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+from echo_shards import Shard, all_ready, begin, cluster, join, passed_on, request, until
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.serial_utils import MsgpackEncoder
+
+from moeray.attention_shard import link as wire
+from moeray.vllm_hooks.continued_requests import generated_before
+
+
+def test_a_request_goes_on_elsewhere_after_the_tokens_that_were_passed_on() -> None:
+    async def scenario() -> None:
+        a, b = Shard("a"), Shard("b")
+        async with cluster(a) as pool:
+            await begin(pool, a, 3, 4)
+            await join(pool, a, b)
+            await all_ready(pool, 2)
+
+            await a.stop()
+
+            await until(lambda: "r+1" in b.engine.running)
+            again = b.engine.running["r+1"]
+            assert (again.prompt_token_ids, generated_before(again.sampling_params)) == ([7, 8], [3, 4])
+            b.engine.step(5, FinishReason.STOP)
+            assert await passed_on(pool) == {"r": [5]}
+            assert not pool.in_flight and pool.describe()["b"]["requests"] == 0
+            await a.start()
+            await b.stop()
+
+    asyncio.run(scenario())
+
+
+def test_a_lost_shard_moves_its_own_requests_and_no_other() -> None:
+    async def scenario() -> None:
+        a, b = Shard("a"), Shard("b")
+        async with cluster(a, b) as pool:
+            await all_ready(pool, 2)
+            for name in ("r0", "r1"):
+                await pool.add(request(name))
+            await until(lambda: len(a.engine.running) == 1 and len(b.engine.running) == 1)
+            (on_a,), (on_b,) = a.engine.running, b.engine.running
+
+            await a.stop()
+
+            await until(lambda: set(b.engine.running) == {on_b, f"{on_a}+1"})
+            b.engine.step(1)
+            assert await passed_on(pool) == {on_a: [1], on_b: [1]}
+            await a.start()
+
+    asyncio.run(scenario())
+
+
+def test_what_a_shard_still_says_of_an_earlier_attempt_never_reaches_the_client() -> None:
+    async def scenario() -> None:
+        a = Shard("a")
+        async with cluster(a) as pool:
+            await begin(pool, a, 3)
+            for link in a.relay._links:  # the stream is lost, its engine lives on
+                link.end(grpc.StatusCode.UNAVAILABLE, "lost")
+            await until(lambda: "r+1" in a.engine.running)
+            late = EngineCoreOutputs(outputs=[EngineCoreOutput("r", [9])])
+            (link,) = a.relay._links
+            link.put(wire.Outputs(wire.copied(MsgpackEncoder().encode(late))))
+            a.engine.step(4)
+            assert await passed_on(pool) == {"r": [4]}
+            assert pool.in_flight["r"].token_ids == [3, 4]
+
+    asyncio.run(scenario())
+
+
+def test_a_dead_engine_gets_nothing_more_and_its_requests_move() -> None:
+    async def scenario() -> None:
+        a, b = Shard("a"), Shard("b")
+        async with cluster(a) as pool:
+            await begin(pool, a)
+            await join(pool, a, b)
+            await all_ready(pool, 2)
+            a.relay.fail(wire.ENGINE_DEAD, "was killed by SIGSEGV")
+            await until(lambda: "r+1" in b.engine.running)
+            assert pool.ready_shards == ["b"]
+            await b.stop()
+
+    asyncio.run(scenario())
+
+
+def test_a_shard_that_has_drained_too_long_hands_over_and_is_not_blamed() -> None:
+    async def scenario() -> None:
+        a, b = Shard("a"), Shard("b")
+        async with cluster(a) as pool:
+            await begin(pool, a, 3)
+            await join(pool, a, b)
+            await all_ready(pool, 2)
+            a.relay.drain("going down")
+            await all_ready(pool, 1)
+            assert "r" in a.engine.running, "it may end there"
+            a.relay.fail(wire.DRAINING, "going down")
+            await until(lambda: "r+1" in b.engine.running)
+            assert generated_before(b.engine.running["r+1"].sampling_params) == [3]
+            assert not pool.in_flight["r"].deaths
+            await b.stop()
+
+    asyncio.run(scenario())
+
+
+def test_a_shard_that_says_nothing_for_too_long_is_lost() -> None:
+    async def scenario() -> None:
+        a, b = Shard("a"), Shard("b")
+        async with cluster(a, silence_s=1.5) as pool:
+            await begin(pool, a, 3)
+            await join(pool, a, b)
+            await all_ready(pool, 2)
+            a._pump.cancel()  # its loop runs, its socket lives: it only says nothing
+            await until(lambda: "r+1" in b.engine.running)
+            assert "no sign of life" in str(pool.describe()["a"]["why"])
+            await b.stop()
+
+    asyncio.run(scenario())
+
+
+def test_a_shard_that_refuses_is_left_alone_for_a_moment() -> None:
+    async def scenario() -> None:
+        a = Shard("a")
+        async with cluster(a) as pool:
+            await all_ready(pool, 1)
+            a.relay.not_ready = "no expert groups"
+            await pool.add(request("r"))
+            await until(lambda: pool.in_flight["r"].shard == "" and pool.in_flight["r"].attempts == 1)
+            a.relay.not_ready = None
+            await until(lambda: "r+1" in a.engine.running)
+            assert not pool.in_flight["r"].deaths
+
+    asyncio.run(scenario())
+
+
+def test_what_the_engine_aborts_by_itself_goes_on_elsewhere() -> None:
+    async def scenario() -> None:
+        a = Shard("a")
+        async with cluster(a) as pool:
+            await begin(pool, a, 3)
+            end = EngineCoreOutput("r", [], finish_reason=FinishReason.ABORT)
+            a.engine._steps.put_nowait(EngineCoreOutputs(outputs=[end]))
+            await until(lambda: "r+1" in a.engine.running)
+
+    asyncio.run(scenario())
