@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import TYPE_CHECKING
 
 from moeray.vllm_hooks.continued_requests import continue_after
+from moeray.vllm_hooks.engine_core import EndsShards, ShardLost
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
@@ -18,6 +20,14 @@ MAX_ATTEMPTS = 20
 """How often one request is sent at most, whatever became of the shards."""
 
 
+class Loss(Enum):
+    """How a shard came to run a request no more."""
+
+    DIED = "it died while it ran it"
+    GONE = "it does not answer, or another has taken its place"
+    LEFT = "it lives, and has refused it or handed it over"
+
+
 @dataclass(slots=True)
 class InFlight:
     """One request between its start and its last token.
@@ -25,12 +35,14 @@ class InFlight:
     Attributes:
         request: as vLLM's front made it: rendered prompt (token ids) and sampling parameters.
         shard: name of the shard that runs it now; "" while it waits for one.
+        progress_at: when it was admitted or last gave an output, in seconds of the loop's clock.
         token_ids: every token already passed on to the front, in order.
         attempts: how often it was sent to a shard.
         deaths: name and end of each shard in a row that died with it and had not given it a token.
     """
 
     request: EngineCoreRequest
+    progress_at: float
     shard: str = ""
     token_ids: list[int] = field(default_factory=list)
     attempts: int = 0
@@ -58,18 +70,33 @@ class InFlight:
         self.attempts += 1
         return continue_after(self.request, self.wire_id, self.token_ids)
 
-    def record(self, output: EngineCoreOutput) -> None:
+    def record(self, output: EngineCoreOutput, now: float) -> None:
+        self.progress_at = now
         self.token_ids.extend(output.new_token_ids)
         if output.new_token_ids:
             self._has_token = True
             self.deaths.clear()
 
-    def leave(self, end: str | None) -> None:
-        """Its shard does not run it any more.
+    def leave(self, loss: Loss, why: str) -> None:
+        """Its shard does not run it any more."""
+        if loss is Loss.DIED and not self._has_token:
+            self.deaths.append(f"{self.shard}: {why}")
+        self.shard = ""
+
+    def why_not_again(
+        self, shard: str, loss: Loss, why: str, *, now: float, stall_s: float
+    ) -> EndsShards | ShardLost | None:
+        """What it fails with instead of going on elsewhere, after `leave`; None if it may go on.
 
         Args:
-            end: how the shard died; None if it did not.
+            stall_s: without an output for longer, it does not outlive another shard: where its experts are what it
+                waited for (`experts.wait_s`), the next shard would only wait as long again.
         """
-        if end is not None and not self._has_token:
-            self.deaths.append(f"{self.shard}: {end}")
-        self.shard = ""
+        if len(self.deaths) >= MAX_DEATHS:
+            return EndsShards(self.deaths)
+        if self.attempts >= MAX_ATTEMPTS:
+            return ShardLost(shard, f"{why}, as were {MAX_ATTEMPTS - 1} before it")
+        if loss is not Loss.LEFT and now - self.progress_at > stall_s:
+            stalled = f"this request had no token for {now - self.progress_at:.0f} s, experts.wait_s is {stall_s:g}"
+            return ShardLost(shard, f"{why}; {stalled}")
+        return None

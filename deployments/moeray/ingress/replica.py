@@ -38,6 +38,7 @@ class Ingress:
                 grpc_port=ingress.grpc_port,
                 shares_ports=ingress.num_replicas > 1,
                 silence_s=config.health.hang_s,
+                stall_s=config.experts.wait_s,
                 limits=ingress,
                 front={
                     "model": str(directory),

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from moeray.config import IngressConfig
+from moeray.config import ExpertsConfig, IngressConfig
 from moeray.ingress.ports import bind
 from moeray.ingress.shard_link import SILENCE_S
 
@@ -33,6 +33,7 @@ class IngressSettings:
         http_port, grpc_port: 0 takes a free port.
         shares_ports: other ingresses of this cluster may listen on the same ports of this node.
         silence_s: a shard that gives no sign of life for so long is lost.
+        stall_s: a request that had no token for longer when its shard is lost, fails (`experts.wait_s`).
         limits: the bounds of what is admitted are read from it, nothing else.
     """
 
@@ -43,6 +44,7 @@ class IngressSettings:
     grpc_port: int = 50051
     shares_ports: bool = False
     silence_s: float = SILENCE_S
+    stall_s: float = ExpertsConfig.wait_s
     limits: IngressConfig = field(default_factory=IngressConfig)
 
 
@@ -142,7 +144,9 @@ class IngressServer:
 
             vllm, model = handshake(vllm_config)
             hello = wire.Hello(wire.PROTOCOL_VERSION, vllm, model, f"ingress {self.settings.name}")
-            self._pool = ShardPool(hello, self.settings.limits, silence_s=self.settings.silence_s)
+            self._pool = ShardPool(
+                hello, self.settings.limits, silence_s=self.settings.silence_s, stall_s=self.settings.stall_s
+            )
             dialect = front_dialect(self.settings.front, engine_args)
             self._front = await build_front(self._pool, engine_args, vllm_config, dialect=dialect)
 

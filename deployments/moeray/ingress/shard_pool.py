@@ -17,14 +17,14 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreReques
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from moeray.attention_shard import link as wire
-from moeray.config import IngressConfig
+from moeray.config import ExpertsConfig, IngressConfig
 from moeray.ingress.admission import Admission
-from moeray.ingress.in_flight import MAX_ATTEMPTS, MAX_DEATHS, InFlight
+from moeray.ingress.in_flight import InFlight, Loss
 from moeray.ingress.shard_link import SILENCE_S, LinkState, ShardLink
 from moeray.ingress.suspects import Suspects
 from moeray.ingress.waiting import Waiting
 from moeray.vllm_hooks.admission import Need, Place
-from moeray.vllm_hooks.engine_core import EndsShards, NoShardReady, RequestFailed, ShardLost
+from moeray.vllm_hooks.engine_core import NoShardReady, RequestFailed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,6 +42,11 @@ PAUSE_S = 0.5
 class ShardPool:
     """Spreads requests over the linked shards, least loaded first.
 
+    Args:
+        wait_s: how long a request waits for a shard; None is WAIT_S, or `limits.max_wait_s` if that is shorter.
+        silence_s: a shard that says nothing for so long is lost.
+        stall_s: `experts.wait_s`; a request that had no token for longer when its shard is lost, fails.
+
     Attributes:
         in_flight: request id -> InFlight, for every request that has not ended.
         continued: how often a request went on on another shard.
@@ -54,6 +59,7 @@ class ShardPool:
         *,
         wait_s: float | None = None,
         silence_s: float = SILENCE_S,
+        stall_s: float = ExpertsConfig.wait_s,
     ) -> None:
         limits = limits or IngressConfig()
         self.admission = Admission(limits)
@@ -61,7 +67,7 @@ class ShardPool:
         self.continued = 0
         self._hello = hello
         self._waiting = Waiting(min(WAIT_S, limits.max_wait_s) if wait_s is None else wait_s, self._give_up)
-        self._silence_s = silence_s
+        self._silence_s, self._stall_s = silence_s, stall_s
         self._last_ready = -inf  # when a shard came or went; of use only while none is ready
         self._held = ""
         self._links: dict[str, ShardLink] = {}
@@ -130,7 +136,7 @@ class ShardPool:
             if link.state is LinkState.READY:
                 self._last_ready = asyncio.get_running_loop().time()
             await link.close()
-            self._move_all(shard, None)
+            self._move_all(shard, Loss.GONE, link.why)
 
     def check_ready(self) -> None:
         if self._held or not (self.ready_shards or self._was_ready_lately()):
@@ -141,7 +147,7 @@ class ShardPool:
         return self.admission.admit(need, self.ready_shards)
 
     async def add(self, request: EngineCoreRequest) -> None:
-        known = self.in_flight[request.request_id] = InFlight(request)
+        known = self.in_flight[request.request_id] = InFlight(request, asyncio.get_running_loop().time())
         self._place(known)
 
     async def abort(self, request_ids: list[str]) -> None:
@@ -172,7 +178,7 @@ class ShardPool:
                 self._pause(link.shard)
             for wire_id in frame.request_ids:
                 if (known := self._by_wire_id.get(wire_id)) is not None:
-                    self._move(known, frame.reason if died else None)
+                    self._move(known, Loss.DIED if died else Loss.LEFT, frame.reason)
 
     def _pass_on(self, step: EngineCoreOutputs) -> None:
         """Give the front what belongs to requests that still run where it comes from, under the names that it knows."""
@@ -186,10 +192,12 @@ class ShardPool:
         if known is None:
             return False
         if output.finish_reason is FinishReason.ABORT and not output.new_token_ids:
-            self._move(known, None)  # nobody asked for it: what we abort is not known any more
+            self._move(
+                known, Loss.LEFT, "its engine aborted it"
+            )  # nobody asked for it: what we abort is not known any more
             return False
         output.request_id = known.request_id
-        known.record(output)
+        known.record(output, asyncio.get_running_loop().time())
         self.admission.answered(known.request.external_req_id)
         if output.finish_reason is not None:
             self._end(known)
@@ -206,7 +214,7 @@ class ShardPool:
 
     def _lost(self, link: ShardLink, reason: str, died: bool) -> None:
         self._last_ready = asyncio.get_running_loop().time()
-        self._move_all(link.shard, reason if died else None)
+        self._move_all(link.shard, Loss.DIED if died else Loss.GONE, reason)
 
     def _pause(self, shard: str) -> None:
         self._paused.add(shard)
@@ -244,24 +252,18 @@ class ShardPool:
         for known in self._waiting:
             self._place(known)
 
-    def _move_all(self, shard: str, end: str | None) -> None:
+    def _move_all(self, shard: str, loss: Loss, why: str) -> None:
         for known in [known for known in self.in_flight.values() if known.shard == shard]:
-            self._move(known, end)
+            self._move(known, loss, why)
 
-    def _move(self, known: InFlight, end: str | None) -> None:
-        """Its shard runs it no more: go on with it elsewhere.
-
-        Args:
-            end: how the shard died; None if it did not.
-        """
-        shard = known.shard
-        self._leave(known, end)
+    def _move(self, known: InFlight, loss: Loss, why: str) -> None:
+        """Its shard runs it no more: go on with it elsewhere, if that is worth it."""
+        shard, now = known.shard, asyncio.get_running_loop().time()
+        self._leave(known, loss, why)
         if self._is_closing:
             self._fail(known, NoShardReady("the ingress is stopping"))
-        elif len(known.deaths) >= MAX_DEATHS:
-            self._fail(known, EndsShards(known.deaths))
-        elif known.attempts >= MAX_ATTEMPTS:
-            self._fail(known, ShardLost(shard, f"{end or 'it was not taken'}, as were {MAX_ATTEMPTS - 1} before it"))
+        elif (error := known.why_not_again(shard, loss, why, now=now, stall_s=self._stall_s)) is not None:
+            self._fail(known, error)
         else:
             self._place(known)
 
@@ -276,16 +278,16 @@ class ShardPool:
     def _end(self, known: InFlight) -> None:
         del self.in_flight[known.request_id]
         self._waiting.discard(known)
-        self._leave(known, None)
+        self._leave(known, Loss.LEFT, "it has ended")
 
-    def _leave(self, known: InFlight, end: str | None) -> None:
+    def _leave(self, known: InFlight, loss: Loss, why: str) -> None:
         """Take it off its shard, if it has one."""
         if not (shard := known.shard):
             return
         del self._by_wire_id[known.wire_id]
         if self._suspects.discard(known):
             asyncio.get_running_loop().call_soon(self._place_waiting)
-        known.leave(end)
+        known.leave(loss, why)
         self._load[shard] -= 1
         if shard in self._leaving and not self._load[shard]:
             task = asyncio.create_task(self._remove(shard))

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 
 import grpc
-from echo_shards import Shard, all_ready, begin, cluster, join, passed_on, request, until
+from echo_shards import Shard, all_ready, begin, cluster, failure, join, passed_on, request, until
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.serial_utils import MsgpackEncoder
 
 from moeray.attention_shard import link as wire
+from moeray.config import ExpertsConfig
 from moeray.vllm_hooks.continued_requests import generated_before
+from moeray.vllm_hooks.engine_core import ShardUnavailable
+
+STALLED_S = ExpertsConfig.wait_s + 1
 
 
 def test_a_request_goes_on_elsewhere_after_the_tokens_that_were_passed_on() -> None:
@@ -145,5 +149,61 @@ def test_what_the_engine_aborts_by_itself_goes_on_elsewhere() -> None:
             end = EngineCoreOutput("r", [], finish_reason=FinishReason.ABORT)
             a.engine._steps.put_nowait(EngineCoreOutputs(outputs=[end]))
             await until(lambda: "r+1" in a.engine.running)
+
+    asyncio.run(scenario())
+
+
+def test_a_request_without_a_token_for_the_whole_budget_is_not_tried_again_and_says_why() -> None:
+    async def scenario() -> None:
+        a, b = Shard("a"), Shard("b")
+        async with cluster(a) as pool:
+            await begin(pool, a, 3)
+            await pool.add(request("fresh"))
+            await until(lambda: "fresh" in a.engine.running)
+            pool.in_flight["r"].progress_at -= STALLED_S
+            await join(pool, a, b)
+            await all_ready(pool, 2)
+            a.relay.fail(wire.ENGINE_DEAD, "no copy of expert 7 came back")
+            failed = await failure(pool)
+            assert failed.request_id == "r" and isinstance(failed.error, ShardUnavailable)
+            assert failed.error.http_status == 503 and failed.error.retry_after_s >= 1
+            for word in ("shard a", "no copy of expert 7 came back", "121 s", "experts.wait_s is 120"):
+                assert word in str(failed.error)
+            await until(lambda: set(b.engine.running) == {"fresh+1"})
+            await b.stop()
+
+    asyncio.run(scenario())
+
+
+def test_a_token_renews_the_budget() -> None:
+    async def scenario() -> None:
+        a, b = Shard("a"), Shard("b")
+        async with cluster(a) as pool:
+            await begin(pool, a)
+            pool.in_flight["r"].progress_at -= STALLED_S
+            a.engine.step(3)
+            assert await passed_on(pool) == {"r": [3]}
+            await join(pool, a, b)
+            await all_ready(pool, 2)
+            await a.stop()
+            await until(lambda: "r+1" in b.engine.running)
+            await a.start()
+            await b.stop()
+
+    asyncio.run(scenario())
+
+
+def test_what_a_living_shard_hands_over_goes_on_however_long_it_had_no_token() -> None:
+    async def scenario() -> None:
+        a, b = Shard("a"), Shard("b")
+        async with cluster(a) as pool:
+            await begin(pool, a)
+            pool.in_flight["r"].progress_at -= STALLED_S
+            await join(pool, a, b)
+            await all_ready(pool, 2)
+            a.relay.drain("going down")
+            a.relay.fail(wire.DRAINING, "going down")
+            await until(lambda: "r+1" in b.engine.running)
+            await b.stop()
 
     asyncio.run(scenario())
