@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 
 import grpc
+import pytest
 from echo_shards import Shard, all_ready, begin, cluster, failure, join, passed_on, request, until
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.serial_utils import MsgpackEncoder
 
 from moeray.attention_shard import link as wire
 from moeray.config import ExpertsConfig
+from moeray.ingress import shard_pool
 from moeray.vllm_hooks.continued_requests import generated_before
 from moeray.vllm_hooks.engine_core import ShardUnavailable
 
@@ -205,5 +207,21 @@ def test_what_a_living_shard_hands_over_goes_on_however_long_it_had_no_token() -
             a.relay.fail(wire.DRAINING, "going down")
             await until(lambda: "r+1" in b.engine.running)
             await b.stop()
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_no_shard_takes_fails_after_so_many_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_pool, "PAUSE_S", 0.01)
+
+    async def scenario() -> None:
+        a = Shard("a")
+        async with cluster(a) as pool:
+            await all_ready(pool, 1)
+            a.relay.not_ready = "no expert groups"
+            await pool.add(request("r"))
+            failed = await failure(pool)
+            assert isinstance(failed.error, ShardUnavailable) and "no expert groups" in str(failed.error)
+            assert 5 <= pool.continued < 100, "neither given up at once nor sent round for long"
 
     asyncio.run(scenario())

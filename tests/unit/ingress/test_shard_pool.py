@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from echo_shards import INGRESS, NEED, Shard, all_ready, cluster, request, until
+from echo_shards import INGRESS, NEED, Shard, all_ready, cluster, passed_on, request, until
 from vllm.v1.engine import EngineCoreOutputs, FinishReason
 
 from moeray.ingress.shard_pool import ShardPool
@@ -153,5 +153,28 @@ def test_a_shard_of_another_version_is_refused_by_name() -> None:
             await until(lambda: pool.describe()["old"]["state"] == "refused")
             with pytest.raises(NoShardReady, match=r"vllm differs.*0\.31\.0.*0\.32\.0"):
                 pool.check_ready()
+
+    asyncio.run(scenario())
+
+
+def test_what_the_front_does_not_read_stays_with_the_shard_and_is_not_lost() -> None:
+    steps = 1500
+
+    async def scenario() -> None:
+        a = Shard("a")
+        async with cluster(a) as pool:
+            await all_ready(pool, 1)
+            await pool.add(request("r"))
+            await until(lambda: "r" in a.engine.running)
+            for token in range(steps):
+                a.engine.step(token)
+            passed = pool.in_flight["r"].token_ids
+            seen = -1
+            while len(passed) > seen or not passed:
+                seen = len(passed)
+                await asyncio.sleep(0.5)
+            assert len(passed) < steps, "the queue of what waits for the front has no bound"
+            for token in range(steps):
+                assert await passed_on(pool) == {"r": [token]}
 
     asyncio.run(scenario())
