@@ -25,10 +25,7 @@ def scale(counts: Sequence[str], *, timeout_s: float) -> int:
         _check(wanted, state)
         deployments = _deployments()
         _check_resources(wanted, deployments)
-        for pool, count in wanted.items():  # all of them before any process comes or goes: it may refuse
-            _tell_controller(ROLES[pool], count)
-        for pool, count in wanted.items():
-            _tell_serve(DEPLOYMENTS[pool], count)
+        _change(wanted, int(state["target_groups"]))
         _wait(wanted, timeout_s, state)
     return 0
 
@@ -109,6 +106,36 @@ def _serve_client() -> Any:
         raise CommandError(f"Ray Serve does not run here: {error}") from error
 
 
+def _change(wanted: Mapping[str, int], num_groups: int) -> None:
+    """Tell the controller all of it before any process comes or goes, because it may refuse; then Ray Serve.
+
+    Args:
+        num_groups: what the controller wants now; told again if Serve does not take another number of groups.
+    Raises:
+        CommandError: one of the two refused; says what stays as it was and what does not.
+    """
+    for pool, count in wanted.items():
+        _tell_controller(ROLES[pool], count)
+    taken: list[str] = []
+    try:
+        for pool, count in wanted.items():
+            _tell_serve(DEPLOYMENTS[pool], count)
+            taken.append(f"{pool}={count} is under way")
+    except CommandError as error:
+        if "experts" in wanted and len(taken) <= list(wanted).index("experts"):
+            taken.append(_undo(wanted["experts"], num_groups))
+        raise CommandError("; ".join((str(error), *taken)), status=error.status) from error
+
+
+def _undo(count: int, num_groups: int) -> str:
+    """Have the controller want so many groups again (it keeps no number of shards); what is to be said of it."""
+    try:
+        _tell_controller(ROLES["experts"], num_groups)
+    except CommandError as error:
+        return f"the controller goes on waiting for experts={count} ({error}): run `moeray scale experts={num_groups}`"
+    return f"experts stay at {num_groups}"
+
+
 def _tell_controller(role: str, count: int) -> None:
     """First, so that it waits for all that come, and does not take leaving ones for lost."""
     import ray
@@ -144,6 +171,8 @@ def _tell_serve(deployment: str, count: int) -> None:
             f"the Serve application was deployed without `external_scaler_enabled: true`: set that, or "
             f"`num_replicas` of {deployment}, in its Serve configuration"
         ) from error
+    except ray.exceptions.GetTimeoutError as error:
+        raise CommandError(f"Ray Serve did not answer within {CALL_S:g} s") from error
     except (ray.exceptions.RayError, ValueError) as error:
         raise CommandError(f"Ray Serve refused: {str(error).strip().splitlines()[-1]}") from error
 

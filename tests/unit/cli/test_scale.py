@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from moeray.cli import scale as command
 from moeray.cli.errors import CommandError
 from moeray.cli.scale import parse_counts, reached
 
@@ -65,3 +66,62 @@ def test_reached_is_when_so_many_serve_and_all_use_the_newest_generation() -> No
 )
 def test_it_is_not_reached_while_anything_is_on_its_way(not_yet: dict[str, Any]) -> None:
     assert not reached(WANTED, not_yet)
+
+
+class Cluster:
+    """A controller that is told, and a Serve that takes the deployments it is told to.
+
+    Attributes:
+        wanted: role -> what the controller wants.
+        replicas: deployment -> what Serve was told.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *takes: str) -> None:
+        self.wanted = {"expert_group": 2}
+        self.replicas: dict[str, int] = {}
+        self.is_deaf = False
+        self._takes = takes
+        monkeypatch.setattr(command, "_tell_controller", self._tell_controller)
+        monkeypatch.setattr(command, "_tell_serve", self._tell_serve)
+
+    def _tell_controller(self, role: str, count: int) -> None:
+        if self.is_deaf:
+            raise CommandError("the controller does not answer")
+        self.wanted[role] = count
+
+    def _tell_serve(self, deployment: str, count: int) -> None:
+        if deployment not in self._takes:
+            self.is_deaf = "deaf" in self._takes
+            raise CommandError("Ray Serve refused: no")
+        self.replicas[deployment] = count
+
+
+def change(wanted: dict[str, int]) -> str:
+    """How it failed."""
+    with pytest.raises(CommandError) as error:
+        command._change(wanted, 2)
+    return str(error.value)
+
+
+def test_what_serve_refuses_the_controller_does_not_go_on_wanting(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(monkeypatch)
+    assert change({"experts": 4, "attention": 3}) == "Ray Serve refused: no; experts stay at 2"
+    assert cluster.wanted["expert_group"] == 2
+
+
+def test_what_serve_has_taken_before_stays_and_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(monkeypatch, "ExpertGroup")
+    assert change({"experts": 4, "attention": 3}) == "Ray Serve refused: no; experts=4 is under way"
+    assert cluster.wanted["expert_group"] == cluster.replicas["ExpertGroup"] == 4
+
+    cluster = Cluster(monkeypatch, "AttentionShard")
+    said = change({"attention": 3, "experts": 4})
+    assert said == "Ray Serve refused: no; attention=3 is under way; experts stay at 2"
+    assert cluster.wanted["expert_group"] == 2 and cluster.replicas == {"AttentionShard": 3}
+
+
+def test_what_could_not_be_undone_is_said_with_the_command_that_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(monkeypatch, "deaf")
+    said = change({"experts": 4})
+    assert "goes on waiting for experts=4" in said and "`moeray scale experts=2`" in said
+    assert cluster.wanted["expert_group"] == 4
