@@ -19,7 +19,7 @@ from clusters import Cluster, is_running
 from redis_server import RedisServer, missing
 
 from chaos import sockets, weights
-from chaos.watching import PIDS, Counts, Watcher
+from chaos.watching import PIDS, ROLE_OF, Counts, Watcher
 
 PAUSE_S = 2.0
 SLOW_S, SLOW_SHARE = 8.0, 100
@@ -86,17 +86,34 @@ class Harm:
 Fault = Callable[[Context], Harm]
 
 
-def _signal(number: signal.Signals, role: str, key: str = "pid") -> Fault:
+@dataclass(frozen=True)
+class Kind:
+    """One kind of fault.
+
+    Attributes:
+        pools: which must be whole before it begins, and again before it is over; names of `Counts`, or "controller".
+    """
+
+    inject: Fault
+    pools: frozenset[str]
+
+
+def _of(inject: Fault, *roles: str) -> Kind:
+    """A fault that harms the pools of these roles."""
+    return Kind(inject, frozenset(pool for pool, role in ROLE_OF.items() if role in roles))
+
+
+def _signal(number: signal.Signals, role: str, key: str = "pid") -> Kind:
     def inject(context: Context) -> Harm:
         victim = context.one(role)
         os.kill(victim[key], number)
         what = f"{number.name} {role} {victim['id']} {key} {victim[key]}"
         return Harm(what, role == "ingress", frozenset({victim[key]}))
 
-    return inject
+    return _of(inject, role)
 
 
-def _pause(role: str, key: str) -> Fault:
+def _pause(role: str, key: str = "pid") -> Kind:
     """Stopped for PAUSE_S; whether it was replaced meanwhile is the cluster's decision."""
 
     def inject(context: Context) -> Harm:
@@ -107,7 +124,7 @@ def _pause(role: str, key: str) -> Fault:
             os.kill(victim[key], signal.SIGCONT)
         return Harm(f"paused {role} {victim['id']} {key} {victim[key]} for {PAUSE_S:g} s")
 
-    return inject
+    return _of(inject, role)
 
 
 def slow_group(context: Context) -> Harm:
@@ -143,7 +160,7 @@ def cut_group_connection(context: Context) -> Harm:
     return Harm(f"cut TCP connection {found[0]} of EngineCore pid {shard} to expert group pid {group}")
 
 
-def _link(harm: Callable[[int, int], None], word: str, both_ends: bool) -> Fault:
+def _link(harm: Callable[[int, int], None], word: str, both_ends: bool) -> Kind:
     def inject(context: Context) -> Harm:
         ingress, shard = context.one("ingress")["pid"], context.one("attention_shard")["shard_pid"]
         ends = sockets.connections_between(ingress, shard)
@@ -153,7 +170,7 @@ def _link(harm: Callable[[int, int], None], word: str, both_ends: bool) -> Fault
             harm(pid, descriptor)
         return Harm(f"{word} link of ingress pid {ingress} to shard process pid {shard}")
 
-    return inject
+    return _of(inject, "ingress")
 
 
 def garbage_group(context: Context) -> Harm:
@@ -212,81 +229,65 @@ def _redis(context: Context) -> RedisServer:
     return context.redis
 
 
-def _scale(role: str, key: str, by: int) -> Fault:
+def _scale(word: str, pool: str, by: int) -> Kind:
+    """`moeray scale`, which calls the pool by this word."""
+
     def inject(context: Context) -> Harm:
-        count = getattr(context.whole, key) + by
-        done = context.cluster.moeray("scale", f"{role}={count}", timeout_s=SCALE_S)
+        count = getattr(context.whole, pool) + by
+        done = context.cluster.moeray("scale", f"{word}={count}", timeout_s=SCALE_S)
         if done.returncode:
-            return Harm(f"moeray scale {role}={count} failed: {done.stderr.strip()[-300:]}", is_broken=True)
-        context.whole = Counts(**(vars(context.whole) | {key: count}))
-        return Harm(f"moeray scale {role}={count}")
+            return Harm(f"moeray scale {word}={count} failed: {done.stderr.strip()[-300:]}", is_broken=True)
+        context.whole = Counts(**(vars(context.whole) | {pool: count}))
+        return Harm(f"moeray scale {word}={count}")
 
-    return inject
+    return Kind(inject, frozenset({pool}))
 
 
-def _together(*faults: Fault) -> Fault:
+def _together(*kinds: Kind) -> Kind:
     def inject(context: Context) -> Harm:
-        done = [fault(context) for fault in faults]
+        done = [kind.inject(context) for kind in kinds]
         return Harm(
             " + ".join(each.what for each in done),
             any(each.cuts_clients for each in done),
             frozenset().union(*(each.beyond_repair for each in done)),
         )
 
-    return inject
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One kind of fault.
-
-    Attributes:
-        pools: which must be whole before it begins, and again before it is over; names of `Counts`, or "controller".
-    """
-
-    inject: Fault
-    pools: frozenset[str]
+    return Kind(inject, frozenset().union(*(kind.pools for kind in kinds)))
 
 
 _KILL, _STOP = signal.SIGKILL, signal.SIGSTOP
-_GROUPS, _SHARDS, _INGRESSES = (frozenset({pool}) for pool in ("groups", "shards", "ingresses"))
-_CONTROLLER = frozenset({"controller"})
 
 FAULTS: Mapping[str, Kind] = {
-    "kill group": Kind(_signal(_KILL, "expert_group"), _GROUPS),
-    "kill shard process": Kind(_signal(_KILL, "attention_shard", "shard_pid"), _SHARDS),
-    "kill engine": Kind(_signal(_KILL, "attention_shard", "engine_pid"), _SHARDS),
-    "kill shard replica": Kind(_signal(_KILL, "attention_shard"), _SHARDS),
-    "kill ingress": Kind(_signal(_KILL, "ingress"), _INGRESSES),
-    "kill controller": Kind(_signal(_KILL, "controller"), _CONTROLLER),
-    "stop controller": Kind(_signal(_STOP, "controller"), _CONTROLLER),
-    "stop ingress": Kind(_signal(_STOP, "ingress"), _INGRESSES),
-    "kill Redis": Kind(kill_redis, _CONTROLLER),
-    "stop Redis": Kind(stop_redis, _CONTROLLER),
-    "stop group": Kind(_signal(_STOP, "expert_group"), _GROUPS),
-    "stop shard process": Kind(_signal(_STOP, "attention_shard", "shard_pid"), _SHARDS),
-    "stop engine": Kind(_signal(_STOP, "attention_shard", "engine_pid"), _SHARDS),
-    "pause group": Kind(_pause("expert_group", "pid"), _GROUPS),
-    "pause shard process": Kind(_pause("attention_shard", "shard_pid"), _SHARDS),
-    "pause engine": Kind(_pause("attention_shard", "engine_pid"), _SHARDS),
-    "slow group": Kind(slow_group, _GROUPS),
-    "cut channel": Kind(cut_channel, _GROUPS),
-    "cut group connection": Kind(cut_group_connection, _GROUPS),
-    "cut link": Kind(_link(sockets.cut, "cut", both_ends=False), _INGRESSES),
-    "half-open link": Kind(_link(sockets.deafen, "deafened", both_ends=True), _INGRESSES),
-    "garbage from group": Kind(garbage_group, _GROUPS),
-    "full /dev/shm": Kind(full_shm, frozenset()),
-    "more groups": Kind(_scale("experts", "groups", +1), _GROUPS),
-    "fewer groups": Kind(_scale("experts", "groups", -1), _GROUPS),
-    "more shards": Kind(_scale("attention", "shards", +1), _SHARDS),
-    "fewer shards": Kind(_scale("attention", "shards", -1), _SHARDS),
-    "kill group and engine": Kind(
-        _together(_signal(_KILL, "expert_group"), _signal(_KILL, "attention_shard", "engine_pid")), _GROUPS | _SHARDS
-    ),
-    "kill group and controller": Kind(
-        _together(_signal(_KILL, "controller"), _signal(_KILL, "expert_group")), _GROUPS | _CONTROLLER
-    ),
-    "kill two groups": Kind(_together(_signal(_KILL, "expert_group"), _signal(_KILL, "expert_group")), _GROUPS),
+    "kill group": _signal(_KILL, "expert_group"),
+    "kill shard process": _signal(_KILL, "attention_shard", "shard_pid"),
+    "kill engine": _signal(_KILL, "attention_shard", "engine_pid"),
+    "kill shard replica": _signal(_KILL, "attention_shard"),
+    "kill ingress": _signal(_KILL, "ingress"),
+    "kill controller": _signal(_KILL, "controller"),
+    "stop controller": _signal(_STOP, "controller"),
+    "stop ingress": _signal(_STOP, "ingress"),
+    "kill Redis": _of(kill_redis, "controller"),
+    "stop Redis": _of(stop_redis, "controller"),
+    "stop group": _signal(_STOP, "expert_group"),
+    "stop shard process": _signal(_STOP, "attention_shard", "shard_pid"),
+    "stop engine": _signal(_STOP, "attention_shard", "engine_pid"),
+    "pause group": _pause("expert_group"),
+    "pause shard process": _pause("attention_shard", "shard_pid"),
+    "pause engine": _pause("attention_shard", "engine_pid"),
+    "slow group": _of(slow_group, "expert_group"),
+    "cut channel": _of(cut_channel, "expert_group"),
+    "cut group connection": _of(cut_group_connection, "expert_group"),
+    "cut link": _link(sockets.cut, "cut", both_ends=False),
+    "half-open link": _link(sockets.deafen, "deafened", both_ends=True),
+    "garbage from group": _of(garbage_group, "expert_group"),
+    "full /dev/shm": _of(full_shm),
+    "more groups": _scale("experts", "groups", +1),
+    "fewer groups": _scale("experts", "groups", -1),
+    "more shards": _scale("attention", "shards", +1),
+    "fewer shards": _scale("attention", "shards", -1),
+    "kill group and engine": _together(_signal(_KILL, "expert_group"), _signal(_KILL, "attention_shard", "engine_pid")),
+    "kill group and controller": _together(_signal(_KILL, "controller"), _signal(_KILL, "expert_group")),
+    "kill two groups": _together(_signal(_KILL, "expert_group"), _signal(_KILL, "expert_group")),
 }
 """By name. In a schedule, `more` comes before `fewer` of its kind."""
 
