@@ -125,7 +125,8 @@ class IngressConfig:
         host: address that both ports bind; loopback unless said otherwise, because this version has no authentication.
         max_queued_kv: work may wait that would fill the shards' KV caches so many times, beside what fills them now;
             more is refused (429, RESOURCE_EXHAUSTED).
-        max_wait_s: a request that would wait longer for its first token, as far as has been measured, is refused.
+        max_wait_s: a request that would wait longer for its first token, as far as has been measured, is refused;
+            a client that reads nothing of its stream for so long loses it.
         max_requests: requests that one ingress has in hand at once; more are refused.
     """
 

@@ -37,6 +37,11 @@ class Admission:
         self._admitted: set[_Admitted] = set()
         self._waiting: dict[str, _Admitted] = {}
 
+    @property
+    def max_unread_s(self) -> float:
+        """How long a client may leave its stream unread: as long as one waits for its place."""
+        return self._limits.max_wait_s
+
     def report(self, shard: str, load: wire.Load) -> None:
         """What a linked shard says of itself."""
         self._loads[shard] = load
@@ -144,6 +149,10 @@ class _Admitted:
 
     def __init__(self, admission: Admission, need: Need) -> None:
         self._admission, self.need = admission, need
+
+    @property
+    def max_unread_s(self) -> float:
+        return self._admission.max_unread_s
 
     def leave(self) -> None:
         self._admission.left(self)

@@ -1,11 +1,13 @@
 """Admission: a request takes its place before vLLM's handler begins the response, and gives it back when it has ended.
 
 vLLM calls `AsyncLLM.generate` after rendering and before the first byte of the response, and consumes what it returns
-later. The place is therefore taken in the call, and given back when the stream ends or is thrown away unread.
+later. The place is therefore taken in the call, and given back when the stream ends, is thrown away unread, or when its
+client reads nothing of it for too long: the servers then wait with the next output, which is not asked for.
 """
 
 from __future__ import annotations
 
+import asyncio
 import weakref
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -29,6 +31,15 @@ class Overloaded(GracefulHTTPError):
     def __init__(self, message: str, retry_after_s: int) -> None:
         super().__init__(message, HTTPStatus.TOO_MANY_REQUESTS)
         self.retry_after_s = retry_after_s
+
+
+class NotRead(GracefulHTTPError):
+    """A client did not read its stream: HTTP 408, gRPC DEADLINE_EXCEEDED, should it ever read on."""
+
+    def __init__(self, unread_s: float) -> None:
+        super().__init__(
+            f"nothing of this stream was read for {unread_s:g} s (ingress.max_wait_s)", HTTPStatus.REQUEST_TIMEOUT
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +67,14 @@ class Need:
 
 
 class Place(Protocol):
-    """An admitted request's share of what there is."""
+    """An admitted request's share of what there is.
+
+    Attributes:
+        max_unread_s: its client loses it when it has read nothing for so long.
+    """
+
+    @property
+    def max_unread_s(self) -> float: ...
 
     def leave(self) -> None:
         """Give it back; idempotent."""
@@ -79,9 +97,52 @@ def keep_place(place: Place, outputs: AsyncGenerator[T, None]) -> AsyncGenerator
 
 
 async def _until_left(place: Place, outputs: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+    reader = _Reader(place, outputs)
     try:
-        async with aclosing(outputs):  # closing ours must reach vLLM's, which then aborts the request
+        async with aclosing(outputs), aclosing(reader):  # closing ours must reach vLLM's, which then aborts the request
             async for output in outputs:
+                reader.wait()
                 yield output
+                reader.came()
     finally:
         place.leave()
+
+
+class _Reader:
+    """Who takes the outputs, watched while one is on its way to it; one timer for the whole stream."""
+
+    def __init__(self, place: Place, outputs: AsyncGenerator[Any, None]) -> None:
+        self._place, self._outputs = place, outputs
+        self._loop = asyncio.get_running_loop()
+        self._since: float | None = None
+        self._ending: asyncio.Task[None] | None = None
+        self._timer = self._loop.call_later(place.max_unread_s, self._look)
+
+    def wait(self) -> None:
+        """An output is handed out now."""
+        self._since = self._loop.time()
+
+    def came(self) -> None:
+        """The next one is asked for.
+
+        Raises:
+            NotRead: too late.
+        """
+        self._since = None
+        if self._ending is not None:
+            raise NotRead(self._place.max_unread_s)
+
+    async def aclose(self) -> None:
+        """It has ended, or the client is gone; idempotent."""
+        self._timer.cancel()
+        if self._ending is not None:
+            await self._ending
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        left_s = self._place.max_unread_s - (now - self._since if self._since is not None else 0.0)
+        if left_s > 0:
+            self._timer = self._loop.call_later(left_s, self._look)
+            return
+        self._place.leave()
+        self._ending = self._loop.create_task(self._outputs.aclose())  # nobody asks it for an output meanwhile

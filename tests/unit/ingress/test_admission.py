@@ -14,7 +14,7 @@ from vllm.sampling_params import SamplingParams
 from moeray.attention_shard import link as wire
 from moeray.config import IngressConfig
 from moeray.ingress.admission import LONGEST_RETRY_S, OVERALL, Admission
-from moeray.vllm_hooks.admission import Need, Overloaded, Place, keep_place, need_of
+from moeray.vllm_hooks.admission import Need, NotRead, Overloaded, Place, keep_place, need_of
 
 READY = ("a", "b")
 
@@ -185,6 +185,7 @@ class Counted:
     """A place that counts how often it was left."""
 
     left = 0
+    max_unread_s = 60.0
 
     def leave(self) -> None:
         self.left += 1
@@ -212,6 +213,40 @@ def test_a_place_is_given_back_when_the_stream_is_read_closed_or_never_begun() -
         del waiting
         gc.collect()
         assert read.left and cut.left and unread.left
+
+    asyncio.run(scenario())
+
+
+class Impatient(Counted):
+    """A place that a client which does not read loses at once."""
+
+    max_unread_s = 0.02
+
+
+def test_a_client_that_does_not_read_loses_its_place_and_its_request_and_is_told_if_it_reads_on() -> None:
+    async def scenario() -> None:
+        closed: list[bool] = []
+        place = Impatient()
+        stream = keep_place(place, _numbers(closed))
+        assert await anext(stream) == 0
+        async with asyncio.timeout(60):
+            while not (place.left and closed):
+                await asyncio.sleep(0.01)
+        with pytest.raises(NotRead, match=r"0\.02 s \(ingress.max_wait_s\)") as error:
+            await anext(stream)
+        assert error.value.http_status == HTTPStatus.REQUEST_TIMEOUT
+
+    asyncio.run(scenario())
+
+
+def test_a_client_that_reads_is_not_blamed_for_a_slow_answer() -> None:
+    async def slow() -> AsyncGenerator[int, None]:
+        for number in range(3):
+            await asyncio.sleep(0.1)
+            yield number
+
+    async def scenario() -> None:
+        assert [number async for number in keep_place(Impatient(), slow())] == [0, 1, 2]
 
     asyncio.run(scenario())
 
