@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -114,6 +115,54 @@ def test_tokens_are_judged_against_what_the_shard_says_it_holds(small: Ingress, 
     assert 2000 < admission(small)["tokens"] < 2200
     stream.close()
     until(lambda: admission(small)["tokens"] == 0, 60)
+
+
+@pytest.fixture(scope="module")
+def impatient(model: Path, one_at_a_time: ShardProcess) -> Iterator[Ingress]:
+    """An ingress that ends what is not read for two seconds."""
+    ingress = Ingress(model, IngressConfig(max_wait_s=2))
+    ingress.set_shards(one_at_a_time)
+    yield ingress
+    ingress.stop()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_a_client_that_reads_nothing_of_its_stream_loses_its_place(
+    impatient: Ingress, one_at_a_time: ShardProcess, protocol: str
+) -> None:
+    """Chunks of some kilobytes each, because what the kernel takes in counts as read."""
+    body = chat(**LONG | {"logprobs": True, "top_logprobs": 20})
+    with ExitStack() as stack:
+        if protocol == "http":
+            client = stack.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", impatient.server.http_port))
+            data = json.dumps(body).encode()
+            client.sendall(
+                b"POST %s HTTP/1.1\r\nhost: ingress\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s"
+                % (CHAT.encode(), len(data), data)
+            )
+        else:
+            small_window = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 4096))
+            channel = stack.enter_context(grpc.insecure_channel(impatient.grpc, options=small_window))
+            message = ParseDict({key: value for key, value in body.items() if key != "stream"}, pb.ChatRequest())
+            call = InferenceStub(channel).ChatStream(message)
+            stack.callback(call.cancel)
+        until(lambda: admission(impatient)["requests"] == 1, 60)
+        until(lambda: admission(impatient)["requests"] == 0, 120)
+        until(lambda: one_at_a_time.info().num_requests == 0, 60)
+        if protocol == "grpc":
+            with pytest.raises(grpc.RpcError) as ended:
+                list(call)
+            assert ended.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert "ingress.max_wait_s" in str(ended.value.details())
+        else:
+            client.settimeout(60)
+            said = b""
+            while b"ingress.max_wait_s" not in said[-4096:]:
+                said += (piece := client.recv(1 << 16))
+                assert piece, "it ended without a word"
 
 
 @pytest.mark.full
