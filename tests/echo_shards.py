@@ -39,8 +39,9 @@ class EchoEngine:
     async def get_output_async(self) -> EngineCoreOutputs:
         return await self._steps.get()
 
-    def step(self, token: int, finish: FinishReason | None = None) -> None:
-        outputs = [EngineCoreOutput(request_id, [token], finish_reason=finish) for request_id in self.running]
+    def step(self, token: int, finish: FinishReason | None = None, *, only: str | None = None) -> None:
+        served = [request_id for request_id in self.running if only in (None, request_id)]
+        outputs = [EngineCoreOutput(request_id, [token], finish_reason=finish) for request_id in served]
         self._steps.put_nowait(EngineCoreOutputs(outputs=outputs))
         if finish is not None:
             self.running.clear()

@@ -35,7 +35,7 @@ class InFlight:
     Attributes:
         request: as vLLM's front made it: rendered prompt (token ids) and sampling parameters.
         shard: name of the shard that runs it now; "" while it waits for one.
-        progress_at: when it was admitted or last gave an output, in seconds of the loop's clock.
+        progress_at: when it was admitted or last gave an output, in the loop's time.
         token_ids: every token already passed on to the front, in order.
         attempts: how often it was sent to a shard.
         deaths: name and end of each shard in a row that died with it and had not given it a token.
@@ -84,19 +84,20 @@ class InFlight:
         self.shard = ""
 
     def why_not_again(
-        self, shard: str, loss: Loss, why: str, *, now: float, stall_s: float
+        self, shard: str, loss: Loss, why: str, *, stalled_s: float, stall_s: float
     ) -> EndsShards | ShardLost | None:
         """What it fails with instead of going on elsewhere, after `leave`; None if it may go on.
 
         Args:
-            stall_s: without an output for longer, it does not outlive another shard: where its experts are what it
-                waited for (`experts.wait_s`), the next shard would only wait as long again.
+            stalled_s: how long it had no token, and the shard gave none to any other.
+            stall_s: if that is longer, the request does not outlive the shard: its experts are what it waited for
+                (`experts.wait_s`), and the next shard would only wait as long again.
         """
         if len(self.deaths) >= MAX_DEATHS:
             return EndsShards(self.deaths)
         if self.attempts >= MAX_ATTEMPTS:
             return ShardLost(shard, f"{why}, as were {MAX_ATTEMPTS - 1} before it")
-        if loss is not Loss.LEFT and now - self.progress_at > stall_s:
-            stalled = f"this request had no token for {now - self.progress_at:.0f} s, experts.wait_s is {stall_s:g}"
+        if loss is not Loss.LEFT and stalled_s > stall_s:
+            stalled = f"it gave no token for {stalled_s:.0f} s, experts.wait_s is {stall_s:g}"
             return ShardLost(shard, f"{why}; {stalled}")
         return None

@@ -77,6 +77,7 @@ class ShardPool:
         self._paused: set[str] = set()
         self._suspects = Suspects()
         self._by_wire_id: dict[str, InFlight] = {}
+        self._answered_at: dict[str, float] = {}  # by shard, in the loop's time
         self._retiring: set[asyncio.Task[None]] = set()  # kept, or the loop may drop them
         self._is_closing = False
         self._events: asyncio.Queue[EngineCoreOutputs | RequestFailed] = asyncio.Queue()
@@ -192,12 +193,11 @@ class ShardPool:
         if known is None:
             return False
         if output.finish_reason is FinishReason.ABORT and not output.new_token_ids:
-            self._move(
-                known, Loss.LEFT, "its engine aborted it"
-            )  # nobody asked for it: what we abort is not known any more
+            self._move(known, Loss.LEFT, "its engine aborted it")  # what we abort is not known any more
             return False
         output.request_id = known.request_id
-        known.record(output, asyncio.get_running_loop().time())
+        now = self._answered_at[known.shard] = asyncio.get_running_loop().time()
+        known.record(output, now)
         self.admission.answered(known.request.external_req_id)
         if output.finish_reason is not None:
             self._end(known)
@@ -258,11 +258,14 @@ class ShardPool:
 
     def _move(self, known: InFlight, loss: Loss, why: str) -> None:
         """Its shard runs it no more: go on with it elsewhere, if that is worth it."""
-        shard, now = known.shard, asyncio.get_running_loop().time()
+        shard = known.shard
+        # A request that waits behind others is not stalled: its shard gives tokens to them.
+        progress_at = max(known.progress_at, self._answered_at.get(shard, 0.0))
+        stalled_s = asyncio.get_running_loop().time() - progress_at
         self._leave(known, loss, why)
         if self._is_closing:
             self._fail(known, NoShardReady("the ingress is stopping"))
-        elif (error := known.why_not_again(shard, loss, why, now=now, stall_s=self._stall_s)) is not None:
+        elif (error := known.why_not_again(shard, loss, why, stalled_s=stalled_s, stall_s=self._stall_s)) is not None:
             self._fail(known, error)
         else:
             self._place(known)

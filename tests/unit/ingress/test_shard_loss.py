@@ -163,6 +163,7 @@ def test_a_request_without_a_token_for_the_whole_budget_is_not_tried_again_and_s
             await pool.add(request("fresh"))
             await until(lambda: "fresh" in a.engine.running)
             pool.in_flight["r"].progress_at -= STALLED_S
+            pool._answered_at["a"] -= STALLED_S
             await join(pool, a, b)
             await all_ready(pool, 2)
             a.relay.fail(wire.ENGINE_DEAD, "no copy of expert 7 came back")
@@ -172,6 +173,25 @@ def test_a_request_without_a_token_for_the_whole_budget_is_not_tried_again_and_s
             for word in ("shard a", "no copy of expert 7 came back", "121 s", "experts.wait_s is 120"):
                 assert word in str(failed.error)
             await until(lambda: set(b.engine.running) == {"fresh+1"})
+            await b.stop()
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_waits_behind_others_goes_on_however_long_it_had_no_token() -> None:
+    async def scenario() -> None:
+        a, b = Shard("a"), Shard("b")
+        async with cluster(a) as pool:
+            await begin(pool, a)
+            await pool.add(request("queued"))
+            await until(lambda: "queued" in a.engine.running)
+            pool.in_flight["queued"].progress_at -= STALLED_S
+            a.engine.step(3, only="r")
+            assert await passed_on(pool) == {"r": [3]}
+            await join(pool, a, b)
+            await all_ready(pool, 2)
+            a.relay.fail(wire.ENGINE_DEAD, "killed")
+            await until(lambda: set(b.engine.running) == {"r+1", "queued+1"})
             await b.stop()
 
     asyncio.run(scenario())
