@@ -25,10 +25,12 @@ import torch
 from torch import Tensor
 
 from moeray.membership import Charge
-from moeray.transport.errors import ExpertsMissing, GarbageRows, GroupFailed, PeerLost, StaleGeneration, TransportError
+from moeray.transport.errors import ExpertsMissing, GroupFailed, PeerLost, StaleGeneration, TransportError
 from moeray.transport.interface import DispatchHandle, Transport
 from moeray.transport.links import room_for
 from moeray.transport.wire import MAX_INLINE_ROWS, Geometry
+from moeray.vllm_hooks.blame import Blame, beyond_doubt, can_carry, judged
+from moeray.vllm_hooks.hop_costs import HopCosts
 from moeray.vllm_hooks.route import Route
 
 Connect = Callable[[Route, frozenset[int], bool], Transport]
@@ -51,41 +53,6 @@ class NotConnected(TransportError):
 
 MENDABLE = (PeerLost, GroupFailed, StaleGeneration, ExpertsMissing, NotConnected)
 """Errors of a group or a generation; any other is the caller's."""
-
-
-@dataclass(frozen=True, slots=True)
-class Blame:
-    """Why a group is left out.
-
-    Attributes:
-        is_doubtful: it may only have been slow, or busy; one that gave errors is not tried again in this route.
-    """
-
-    reason: str
-    is_doubtful: bool
-
-
-@dataclass(slots=True)
-class HopCosts:
-    """Sums since the hop was set up; times in microseconds.
-
-    Attributes:
-        calls: layer calls combined.
-        tokens: tokens sent, summed over layer calls.
-        overlap_us: between dispatch and combine: the shared expert.
-        failures: layer calls that failed and were computed again.
-        stalled_us: what that cost, waiting for experts included.
-        longest_stall_us: of one layer call.
-    """
-
-    calls: int = 0
-    tokens: int = 0
-    dispatch_us: float = 0.0
-    overlap_us: float = 0.0
-    combine_us: float = 0.0
-    failures: int = 0
-    stalled_us: float = 0.0
-    longest_stall_us: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +177,7 @@ class Hop:
         Raises:
             TransportError: one of them is still bad; nothing has changed.
         """
-        route, bad, kept = self._route, dict(self._bad), self._beyond_doubt()
+        route, bad, kept = self._route, dict(self._bad), beyond_doubt(self._bad)
         if route is None or bad == kept or self.reserved is not None or self.is_waiting:
             return
         again = self._connected(route, route.absent | frozenset(kept))
@@ -313,7 +280,9 @@ class Hop:
                 blamed.add(self._route.groups[failure.group])
                 if len(blamed) > 1 or not bool(call.x_TD.isfinite().all()):
                     raise failure  # two groups say so, or its input
-            self._judge(self._route, failure)
+            if isinstance(failure, (PeerLost, GroupFailed)):
+                self._bad[failure.group], charge = judged(self._route, self._bad, failure)
+                self._accuse(self._route.groups[failure.group], self._bad[failure.group].reason, charge)
             transport = self._reconnected(call, failure, deadline)
             try:
                 y_TD = transport.combine(transport.dispatch(call.layer, call.x_TD, call.expert_ids_TK, call.weights_TK))
@@ -322,24 +291,9 @@ class Hop:
                 failure = error.with_traceback(None)
             del transport
         stalled_us = (perf_counter_ns() - started) / 1e3
-        self.costs.stalled_us += stalled_us
-        self.costs.longest_stall_us = max(self.costs.longest_stall_us, stalled_us)
+        self.costs.stalled(stalled_us)
         logger.warning("layer %d: computed again after %.1f ms", call.layer, stalled_us / 1e3)
         return y_TD
-
-    def _judge(self, route: Route, failure: TransportError) -> None:
-        """Leave out the group that is to blame, if one is."""
-        if not isinstance(failure, (PeerLost, GroupFailed)):
-            return
-        is_lost = isinstance(failure, PeerLost)
-        why = failure.reason if is_lost else f"gave an error: {failure.reason}"
-        self._bad[failure.group] = Blame(why, is_doubtful=is_lost)
-        is_needed = not route.placement.covers(route.absent | frozenset(self._bad))
-        is_late = isinstance(failure, PeerLost) and failure.is_late
-        charge = Charge.SLOW if is_late and not is_needed else Charge.ABSENT
-        if isinstance(failure, GarbageRows):
-            charge = Charge.LIES
-        self._accuse(route.groups[failure.group], why, charge)
 
     def _reconnected(self, call: LayerCall, failure: TransportError, deadline: float) -> Transport:
         """A transport that may carry the call now: to the groups that are left, or of a newer route.
@@ -354,7 +308,7 @@ class Hop:
             if self._wanted is not self._route:
                 self._route, self._bad = self._wanted, {}
             route = self._route
-            if route is not None and self._can_carry(route, call):
+            if route is not None and can_carry(route, self._bad, call.layer, call.expert_ids_TK):
                 try:
                     self._replace(self._connected(route, route.absent | frozenset(self._bad), in_a_hurry=True))
                 except PeerLost as error:
@@ -365,19 +319,7 @@ class Hop:
                 if self._transport is not None:
                     return self._transport
             self._await_news(failure, deadline)
-            self._bad = self._beyond_doubt()
-
-    def _beyond_doubt(self) -> dict[int, Blame]:
-        """Bad groups that need not be tried again."""
-        return {group: blame for group, blame in dict(self._bad).items() if not blame.is_doubtful}
-
-    def _can_carry(self, route: Route, call: LayerCall) -> bool:
-        """Whether all experts that this call needs have a copy that is there."""
-        absent = route.absent | frozenset(self._bad)
-        if route.placement.covers(absent):
-            return True
-        owners_E = route.placement.group_of_expert(call.layer, 0, absent)
-        return all(owners_E[expert] >= 0 for expert in call.expert_ids_TK.unique().tolist())
+            self._bad = beyond_doubt(self._bad)
 
     def _await_news(self, failure: TransportError, deadline: float) -> None:
         """Until another route is wanted, or it is worth trying again."""

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from moeray.config import MicroBatches
-from moeray.vllm_hooks.hop import HopCosts, hop
+from moeray.vllm_hooks.hop import hop
+from moeray.vllm_hooks.hop_costs import HopCosts
 from moeray.vllm_hooks.lookback import KEYWORD
 from moeray.vllm_hooks.micro_batches import (
     MIN_TOKENS,
