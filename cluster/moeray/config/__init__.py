@@ -11,6 +11,7 @@ from moeray.config.schema import (
     IngressConfig,
     MicroBatches,
     RowFormatName,
+    TlsConfig,
     TransportConfig,
 )
 
@@ -24,6 +25,7 @@ __all__ = [
     "IngressConfig",
     "MicroBatches",
     "RowFormatName",
+    "TlsConfig",
     "TransportConfig",
     "load_config",
     "parse_config",

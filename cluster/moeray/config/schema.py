@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 POOL_LABEL = "pool"
@@ -118,6 +118,32 @@ class TransportConfig:
 
 
 @dataclass(frozen=True, config=_FROM_FILE)
+class TlsConfig:
+    """Encryption of both ports of the front door. Files are read again when they change; nothing is restarted.
+
+    Attributes:
+        cert_file, key_file: PEM, the certificate first and its chain after it; empty leaves the ports unencrypted.
+        client_ca_file: PEM of those who sign clients' certificates; with it, a client without one is refused (mTLS).
+    """
+
+    cert_file: str = ""
+    key_file: str = ""
+    client_ca_file: str = ""
+
+    @property
+    def is_on(self) -> bool:
+        return bool(self.cert_file)
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> TlsConfig:
+        if bool(self.cert_file) is not bool(self.key_file):
+            raise ValueError("cert_file and key_file belong together: give both or neither")
+        if self.client_ca_file and not self.cert_file:
+            raise ValueError("client_ca_file needs cert_file and key_file: clients' certificates are part of TLS")
+        return self
+
+
+@dataclass(frozen=True, config=_FROM_FILE)
 class IngressConfig:
     """The front door.
 
@@ -137,6 +163,7 @@ class IngressConfig:
     max_queued_kv: Share = 16.0
     max_wait_s: Seconds = 120.0
     max_requests: Count = 4096
+    tls: TlsConfig = Field(default_factory=TlsConfig)
     num_cpus: Share = 0.1
     label_selector: Labels | None = None
 

@@ -3,23 +3,71 @@
 from __future__ import annotations
 
 import json
+import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from moeray.cli.connection import endpoints
 from moeray.cli.errors import CommandError
 
+if TYPE_CHECKING:
+    import grpc
+
 TIMEOUT_S = 300.0
 
 
-def chat(question: str, *, http: bool, api_key: str | None, max_tokens: int, thinking: bool) -> int:
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who asks, and whom to believe.
+
+    Attributes:
+        api_key: sent as a bearer token.
+        ca_file: PEM of who signed the server's certificate; None trusts the system's authorities.
+        cert_file, key_file: PEM of a client certificate, where the server asks for one.
+    """
+
+    api_key: str | None = None
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
+
+    def context(self) -> ssl.SSLContext:
+        """For HTTPS.
+
+        Raises:
+            CommandError: a file cannot be used.
+        """
+        try:
+            context = ssl.create_default_context(cafile=self.ca_file)
+            if self.cert_file is not None:
+                context.load_cert_chain(self.cert_file, self.key_file)
+        except OSError as error:
+            raise CommandError(f"--ca-file, --cert, --key: {error.strerror or error}") from error
+        return context
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """For gRPC. Raises as `context`."""
+        import grpc
+
+        self.context()  # its errors name what is wrong; gRPC would only fail to connect
+        read = [path.read_bytes() if path else None for path in (self.ca_file, self.key_file, self.cert_file)]
+        return grpc.ssl_channel_credentials(*read)
+
+
+ANYBODY = Identity()
+
+
+def chat(question: str, *, http: bool, identity: Identity, max_tokens: int, thinking: bool) -> int:
     url, target = endpoints()
     if http:
-        pieces = ask_http(url, question, api_key=api_key, max_tokens=max_tokens, thinking=thinking)
+        pieces = ask_http(url, question, identity=identity, max_tokens=max_tokens, thinking=thinking)
     else:
-        pieces = ask_grpc(target, question, api_key=api_key, max_tokens=max_tokens, thinking=thinking)
+        is_tls = url.startswith("https:")
+        pieces = ask_grpc(target, question, tls=is_tls, identity=identity, max_tokens=max_tokens, thinking=thinking)
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
@@ -27,14 +75,14 @@ def chat(question: str, *, http: bool, api_key: str | None, max_tokens: int, thi
 
 
 def ask_http(
-    url: str, question: str, *, api_key: str | None = None, max_tokens: int = 256, thinking: bool = False
+    url: str, question: str, *, identity: Identity = ANYBODY, max_tokens: int = 256, thinking: bool = False
 ) -> Iterator[str]:
     """Stream one answer of `POST {url}/v1/chat/completions`, piece by piece (reasoning first, if any).
 
     Raises:
         CommandError: the server does not answer, or answers with an error object.
     """
-    model = _get(f"{url}/v1/models", api_key)["data"][0]["id"]
+    model = _get(f"{url}/v1/models", identity)["data"][0]["id"]
     body = {
         "model": model,
         "messages": [{"role": "user", "content": question}],
@@ -43,7 +91,7 @@ def ask_http(
         "stream": True,
         "chat_template_kwargs": {"thinking": thinking},
     }
-    with _open(f"{url}/v1/chat/completions", api_key, json.dumps(body).encode()) as answer:
+    with _open(f"{url}/v1/chat/completions", identity, json.dumps(body).encode()) as answer:
         for line in answer:
             text = line.decode().removeprefix("data: ").strip()
             if not text or text == "[DONE]":
@@ -58,7 +106,13 @@ def ask_http(
 
 
 def ask_grpc(
-    target: str, question: str, *, api_key: str | None = None, max_tokens: int = 256, thinking: bool = False
+    target: str,
+    question: str,
+    *,
+    tls: bool = False,
+    identity: Identity = ANYBODY,
+    max_tokens: int = 256,
+    thinking: bool = False,
 ) -> Iterator[str]:
     """Stream one answer of `moeray.v1.Inference/ChatStream`, piece by piece (reasoning first, if any).
 
@@ -69,9 +123,9 @@ def ask_grpc(
 
     from moeray.v1 import inference_pb2, inference_pb2_grpc
 
-    metadata = [("authorization", f"Bearer {api_key}")] if api_key else []
+    metadata = [("authorization", f"Bearer {identity.api_key}")] if identity.api_key else []
     try:
-        with grpc.insecure_channel(target) as channel:
+        with grpc.secure_channel(target, identity.credentials()) if tls else grpc.insecure_channel(target) as channel:
             stub = inference_pb2_grpc.InferenceStub(channel)
             models = stub.ListModels(inference_pb2.ListModelsRequest(), metadata=metadata, timeout=TIMEOUT_S)
             request = inference_pb2.ChatRequest(
@@ -89,15 +143,19 @@ def ask_grpc(
         raise CommandError(f"gRPC {target}: {error.code().name}: {error.details()}") from error
 
 
-def _get(url: str, api_key: str | None) -> Any:
-    with _open(url, api_key, None) as answer:
+def _get(url: str, identity: Identity) -> Any:
+    with _open(url, identity, None) as answer:
         return json.loads(answer.read())
 
 
-def _open(url: str, api_key: str | None, body: bytes | None) -> Any:
-    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {api_key}"} if api_key else {})
+def _open(url: str, identity: Identity, body: bytes | None) -> Any:
+    headers = {"content-type": "application/json"}
+    if identity.api_key:
+        headers["authorization"] = f"Bearer {identity.api_key}"
+    context = identity.context() if url.startswith("https:") else None
+    request = urllib.request.Request(url, body, headers)  # noqa: S310 the endpoint is the cluster's own
     try:
-        return urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=TIMEOUT_S)  # noqa: S310
+        return urllib.request.urlopen(request, timeout=TIMEOUT_S, context=context)  # noqa: S310
     except urllib.error.HTTPError as error:
         text = error.read().decode(errors="replace")
         try:

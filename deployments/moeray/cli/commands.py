@@ -65,10 +65,11 @@ def _run(options: argparse.Namespace) -> int:
 
         return restart(options.pool, timeout_s=options.timeout)
     if options.command == "chat":
-        from moeray.cli.chat import chat
+        from moeray.cli.chat import Identity, chat
 
+        identity = Identity(options.api_key, options.ca_file, options.cert, options.key)
         return chat(
-            options.question, http=options.http, api_key=options.api_key, max_tokens=options.max_tokens,
+            options.question, http=options.http, identity=identity, max_tokens=options.max_tokens,
             thinking=options.thinking,
         )  # fmt: skip
     if options.command == "inspect":
@@ -132,6 +133,9 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("question")
     chat.add_argument("--http", action="store_true", help="over the OpenAI HTTP API instead of gRPC")
     chat.add_argument("--api-key", metavar="KEY", help="sent as a bearer token")
+    chat.add_argument("--ca-file", type=Path, metavar="PEM", help="who signed the server's certificate")
+    chat.add_argument("--cert", type=Path, metavar="PEM", help="client certificate, where the server asks for one")
+    chat.add_argument("--key", type=Path, metavar="PEM", help="its key")
     chat.add_argument("--max-tokens", type=int, default=256, metavar="N", help="longest answer (default 256)")
     chat.add_argument("--thinking", action="store_true", help="let the model think first")
 

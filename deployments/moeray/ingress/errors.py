@@ -44,6 +44,14 @@ class PortInUse(IngressError):
         self.key, self.host, self.port = key, host, port
 
 
+class BadCertificate(IngressError):
+    """Names the configuration key and the file."""
+
+    def __init__(self, key: str, path: str, reason: str) -> None:
+        super().__init__(f"{key}: {path}: {reason}")
+        self.key, self.path = key, path
+
+
 async def abort(
     context: grpc.aio.ServicerContext[Any, Any], error: Mapping[str, Any], retry_after_s: int = 1
 ) -> NoReturn:

@@ -15,6 +15,7 @@ from moeray.v1 import inference_pb2 as pb
 from moeray.v1.inference_pb2_grpc import add_InferenceServicer_to_server
 
 if TYPE_CHECKING:
+    from moeray.ingress.certificates import Certificates
     from moeray.ingress.shard_pool import ShardPool
     from moeray.vllm_hooks.openai_app import OpenAIApp
 
@@ -32,12 +33,13 @@ _OPTIONS = (
 
 
 async def start_grpc(
-    openai: OpenAIApp, host: str, port: int, *, shared: bool = False
+    openai: OpenAIApp, host: str, port: int, *, shared: bool = False, certificates: Certificates | None = None
 ) -> tuple[grpc.aio.Server, int, health.aio.HealthServicer]:
     """Serve; NOT_SERVING until `keep_health` says otherwise.
 
     Args:
         shared: see `ports.bind`. Without it a second server on the port is an error, not a coin toss.
+        certificates: TLS with these; None serves h2c.
     Raises:
         PortInUse: ingress.grpc_port.
     """
@@ -47,8 +49,12 @@ async def start_grpc(
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     await _set(servicer, ready=False)
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        if certificates is None:
+            bound = server.add_insecure_port(address)
+        else:
+            bound = server.add_secure_port(address, certificates.for_grpc())
     except RuntimeError as error:
         raise PortInUse("ingress.grpc_port", host, port, str(error)) from error
     await server.start()

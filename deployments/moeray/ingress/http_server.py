@@ -1,4 +1,4 @@
-"""The HTTP side: sockets bound early, uvicorn without its signal handlers, `/health` that tells the truth."""
+"""The HTTP(S) side: sockets bound early, uvicorn without its signal handlers, `/health` that tells the truth."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
+
+from moeray.ingress.certificates import Certificates, HttpProtocol
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -36,9 +38,19 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def start_http(app: FastAPI, listener: socket.socket) -> tuple[uvicorn.Server, asyncio.Task[None]]:
-    """Serve until `should_exit` is set; returns once connections are accepted."""
-    server = _Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=5, lifespan="on"))
+async def start_http(
+    app: FastAPI, listener: socket.socket, certificates: Certificates | None = None
+) -> tuple[uvicorn.Server, asyncio.Task[None]]:
+    """Serve until `should_exit` is set; returns once connections are accepted.
+
+    Args:
+        certificates: HTTPS with these; None serves HTTP.
+    """
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_keep_alive=5, lifespan="on", http=HttpProtocol,
+        ssl_context_factory=None if certificates is None else (lambda *_: certificates.for_http()),
+    )  # fmt: skip
+    server = _Server(config)
     app.state.server = server  # vLLM's error handlers look for it
     task = asyncio.create_task(server.serve(sockets=[listener]), name="http")
     while not server.started:

@@ -40,6 +40,7 @@ class Ingress:
                 silence_s=config.health.hang_s,
                 stall_s=config.experts.wait_s,
                 limits=ingress,
+                tls=ingress.tls,
                 front={
                     "model": str(directory),
                     "model_name": settings.model,
@@ -51,7 +52,8 @@ class Ingress:
         await self._server.start(self._link)
         self._watched = guard(config.health.hang_s)
         http, grpc = (f"{ingress.host}:{port}" for port in (self._server.http_port, self._server.grpc_port))
-        await self._member.report({"endpoints": {"http": f"http://{http}", "grpc": grpc}})
+        scheme = "https" if ingress.tls.is_on else "http"
+        await self._member.report({"endpoints": {"http": f"{scheme}://{http}", "grpc": grpc}})
         await self._member.ready(http)
 
     async def __call__(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from moeray.config import ExpertsConfig, IngressConfig
+from moeray.config import ExpertsConfig, IngressConfig, TlsConfig
 from moeray.ingress.ports import bind
 from moeray.ingress.shard_link import SILENCE_S
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import grpc
     import uvicorn
 
+    from moeray.ingress.certificates import Certificates
     from moeray.ingress.shard_pool import ShardPool
     from moeray.vllm_hooks.front import Front
 
@@ -35,6 +36,7 @@ class IngressSettings:
         silence_s: a shard that gives no sign of life for so long is lost.
         stall_s: a request that had no token for longer when its shard is lost, fails (`experts.wait_s`).
         limits: the bounds of what is admitted are read from it, nothing else.
+        tls: of both ports.
     """
 
     name: str
@@ -46,6 +48,7 @@ class IngressSettings:
     silence_s: float = SILENCE_S
     stall_s: float = ExpertsConfig.wait_s
     limits: IngressConfig = field(default_factory=IngressConfig)
+    tls: TlsConfig = field(default_factory=TlsConfig)
 
 
 class IngressServer:
@@ -60,6 +63,7 @@ class IngressServer:
         self._http_task: asyncio.Task[None] | None = None
         self._grpc: grpc.aio.Server | None = None
         self._health_task: asyncio.Task[None] | None = None
+        self._certificates: Certificates | None = None
 
     async def start(self, before_serving: Callable[[], Awaitable[None]] | None = None) -> None:
         """Bind both ports, build the front, serve. Ready when it returns; without a shard, requests get 503.
@@ -68,8 +72,13 @@ class IngressServer:
             before_serving: awaited when shards can be set and nobody is served yet.
         Raises:
             PortInUse: names the port and its configuration key.
+            BadCertificate: names the file and its configuration key.
         """
         settings = self.settings
+        if settings.tls.is_on:
+            from moeray.ingress.certificates import Certificates
+
+            self._certificates = Certificates(settings.tls)
         # First of all: a taken port must not cost the seconds that the front takes.
         http_socket = bind(settings.host, settings.http_port, "ingress.http_port", shared=settings.shares_ports)
         grpc_socket = bind(settings.host, settings.grpc_port, "ingress.grpc_port", shared=settings.shares_ports)
@@ -156,7 +165,7 @@ class IngressServer:
         assert self._front is not None and self._pool is not None
         add_health(self._front.openai.app, self._pool)
         self.http_port = listener.getsockname()[1]
-        self._http, self._http_task = await start_http(self._front.openai.app, listener)
+        self._http, self._http_task = await start_http(self._front.openai.app, listener, self._certificates)
 
     async def _start_grpc(self, reserved: socket.socket) -> None:
         from moeray.ingress.grpc_server import keep_health, start_grpc
@@ -165,6 +174,6 @@ class IngressServer:
         host, port = reserved.getsockname()[:2]
         reserved.close()
         self._grpc, self.grpc_port, health = await start_grpc(
-            self._front.openai, host, port, shared=self.settings.shares_ports
+            self._front.openai, host, port, shared=self.settings.shares_ports, certificates=self._certificates
         )
         self._health_task = asyncio.create_task(keep_health(health, self._pool))
