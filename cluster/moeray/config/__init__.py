@@ -5,6 +5,7 @@ from moeray.config.load import load_config, parse_config, to_dict
 from moeray.config.schema import (
     POOL_LABEL,
     AttentionConfig,
+    BatchConfig,
     ChannelUsers,
     ClusterConfig,
     ExpertsConfig,
@@ -18,6 +19,7 @@ from moeray.config.schema import (
 __all__ = [
     "POOL_LABEL",
     "AttentionConfig",
+    "BatchConfig",
     "ChannelUsers",
     "ClusterConfig",
     "ConfigError",

@@ -144,6 +144,25 @@ class TlsConfig:
 
 
 @dataclass(frozen=True, config=_FROM_FILE)
+class BatchConfig:
+    """OpenAI's batch API: files of requests that are answered when there is room.
+
+    Attributes:
+        directory: where files and answers are kept, of every ingress the same; empty turns the API off. Several
+            ingresses need a file system that they share and that has locks (flock).
+        max_file_bytes, max_requests: what one input file may have.
+        concurrency: requests of a batch that run at once.
+        keep_s: files and ended batches are deleted after so long.
+    """
+
+    directory: str = ""
+    max_file_bytes: Count = 200 << 20
+    max_requests: Count = 50_000
+    concurrency: Count = 16
+    keep_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30 * 86_400.0
+
+
+@dataclass(frozen=True, config=_FROM_FILE)
 class IngressConfig:
     """The front door.
 
@@ -164,6 +183,7 @@ class IngressConfig:
     max_wait_s: Seconds = 120.0
     max_requests: Count = 4096
     tls: TlsConfig = Field(default_factory=TlsConfig)
+    batches: BatchConfig = Field(default_factory=BatchConfig)
     num_cpus: Share = 0.1
     label_selector: Labels | None = None
 

@@ -7,6 +7,7 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeray.config import ExpertsConfig, IngressConfig, TlsConfig
@@ -16,6 +17,7 @@ from moeray.ingress.shard_link import SILENCE_S
 if TYPE_CHECKING:
     import grpc
     import uvicorn
+    from fastapi import FastAPI
 
     from moeray.ingress.certificates import Certificates
     from moeray.ingress.shard_pool import ShardPool
@@ -35,7 +37,7 @@ class IngressSettings:
         shares_ports: other ingresses of this cluster may listen on the same ports of this node.
         silence_s: a shard that gives no sign of life for so long is lost.
         stall_s: a request that had no token for longer when its shard is lost, fails (`experts.wait_s`).
-        limits: the bounds of what is admitted are read from it, nothing else.
+        limits: the bounds of what is admitted, and of batches, are read from it, nothing else.
         tls: of both ports.
     """
 
@@ -64,6 +66,7 @@ class IngressServer:
         self._grpc: grpc.aio.Server | None = None
         self._health_task: asyncio.Task[None] | None = None
         self._certificates: Certificates | None = None
+        self._batches_task: asyncio.Task[None] | None = None
 
     async def start(self, before_serving: Callable[[], Awaitable[None]] | None = None) -> None:
         """Bind both ports, build the front, serve. Ready when it returns; without a shard, requests get 503.
@@ -123,8 +126,9 @@ class IngressServer:
 
     async def stop(self, grace_s: float = 5.0) -> None:
         """Refuse new connections, let streams end for `grace_s`, then cut them; idempotent."""
-        if self._health_task is not None:
-            self._health_task.cancel()
+        for task in (self._health_task, self._batches_task):
+            if task is not None:
+                task.cancel()
         ends = []
         if self._grpc is not None:
             ends.append(asyncio.create_task(self._grpc.stop(grace_s)))
@@ -140,7 +144,9 @@ class IngressServer:
         await asyncio.gather(*ends)
         if self._front is not None:
             self._front.llm.shutdown()
-        self._http = self._http_task = self._grpc = self._pool = self._front = self._health_task = None
+        self._http = self._http_task = self._grpc = self._pool = self._front = self._health_task = (
+            self._batches_task
+        ) = None
 
     async def _start_front(self) -> None:
         from moeray.attention_shard import link as wire
@@ -164,8 +170,22 @@ class IngressServer:
 
         assert self._front is not None and self._pool is not None
         add_health(self._front.openai.app, self._pool)
+        if self.settings.limits.batches.directory:
+            self._batches_task = self._start_batches(self._front.openai.app)
         self.http_port = listener.getsockname()[1]
         self._http, self._http_task = await start_http(self._front.openai.app, listener, self._certificates)
+
+    def _start_batches(self, app: FastAPI) -> asyncio.Task[None]:
+        """Serve the batch API and run what is there already."""
+        from moeray.ingress.batches.api import asks, batch_routes
+        from moeray.ingress.batches.runner import BatchRunner
+        from moeray.ingress.batches.store import BatchStore
+
+        limits = self.settings.limits.batches
+        store = BatchStore(Path(limits.directory).expanduser())
+        runner = BatchRunner(store, asks(app), limits)
+        app.include_router(batch_routes(store, limits, runner.wake))
+        return asyncio.create_task(runner.run(), name="batches")
 
     async def _start_grpc(self, reserved: socket.socket) -> None:
         from moeray.ingress.grpc_server import keep_health, start_grpc
