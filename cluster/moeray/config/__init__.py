@@ -13,6 +13,7 @@ from moeray.config.schema import (
     MicroBatches,
     RowFormatName,
     TlsConfig,
+    TenancyConfig,
     TransportConfig,
 )
 
@@ -28,6 +29,7 @@ __all__ = [
     "MicroBatches",
     "RowFormatName",
     "TlsConfig",
+    "TenancyConfig",
     "TransportConfig",
     "load_config",
     "parse_config",

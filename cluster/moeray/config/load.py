@@ -58,6 +58,8 @@ def to_dict(config: ClusterConfig) -> dict[str, Any]:
 
 
 def _explain(item: Mapping[str, Any]) -> str:
+    if item["type"] == "value_error":
+        return str(item["ctx"]["error"])  # a rule over several keys: it names them itself
     key = ".".join(str(part) for part in item["loc"]) or "file"
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = _known_keys(item["loc"][:-1])

@@ -7,8 +7,9 @@ immutable values. Imports nothing heavy, so that `moeray --help` and bad input a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from ipaddress import ip_address
 from math import prod
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -167,7 +168,7 @@ class IngressConfig:
     """The front door.
 
     Attributes:
-        host: address that both ports bind; loopback unless said otherwise, because this version has no authentication.
+        host: address that both ports bind; any other than loopback needs `tenants.auth`.
         max_queued_kv: work may wait that would fill the shards' KV caches so many times, beside what fills them now;
             more is refused (429, RESOURCE_EXHAUSTED).
         max_wait_s: a request that would wait longer for its first token, as far as has been measured, is refused;
@@ -215,6 +216,56 @@ class RedisConfig:
 
 
 @dataclass(frozen=True, config=_FROM_FILE)
+class TenancyConfig:
+    """Who may ask, and how much.
+
+    Attributes:
+        auth: required: nothing is served without a valid key, token or certificate; off: everybody who reaches the
+            ports is served. Not written, it is off on loopback, and any other `ingress.host` is refused.
+        file: tenants and keys (`moeray tenant`), YAML or JSON, for example a mounted Secret. Without it they are in
+            Redis if `redis.url` is set, else in tenants.yaml of the state directory.
+        jwks_file: public keys of an identity provider (JSON Web Key Set); needs issuer and audience.
+        issuer, audience: what tokens must say.
+        tenant_claim: the claim that names the tenant (`identities.jwt`).
+        leeway_s: how far the clocks of provider and cluster may differ.
+        on_store_failure: what becomes of requests with limits while Redis does not answer: closed refuses them (503),
+            open lets each ingress keep its part of the limits by itself.
+        store_timeout_s: a call of Redis that takes longer has failed.
+        secret_file: at least 32 bytes, the same for all ingresses, from which cache salts are derived; without it one
+            is made in the state directory.
+        usage_dir: where usage records are written; without it, `usage` in the state directory.
+        usage_days: days that their files are kept.
+        usage: file (each ingress its own, in usage_dir) or redis (one bounded stream; needs redis.url).
+    """
+
+    auth: Annotated[Literal["off", "required"] | None, BeforeValidator(_off)] = None
+    file: str = ""
+    jwks_file: str = ""
+    issuer: str = ""
+    audience: str = ""
+    tenant_claim: Annotated[str, Field(min_length=1)] = "sub"
+    leeway_s: Annotated[float, Field(ge=0, le=300, allow_inf_nan=False)] = 30.0
+    on_store_failure: Literal["closed", "open"] = "closed"
+    store_timeout_s: Annotated[float, Field(gt=0, le=60, allow_inf_nan=False)] = 0.5
+    secret_file: str = ""
+    usage: Literal["file", "redis"] = "file"
+    usage_dir: str = ""
+    usage_days: Count = 400
+
+    @property
+    def needs_credential(self) -> bool:
+        """Whether a request without one is refused."""
+        return self.auth == "required"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@dataclass(frozen=True, config=_FROM_FILE)
 class ClusterConfig:
     """One cluster.
 
@@ -232,6 +283,31 @@ class ClusterConfig:
     ingress: IngressConfig = Field(default_factory=IngressConfig)
     health: HealthConfig = Field(default_factory=HealthConfig)
     redis: RedisConfig = Field(default_factory=RedisConfig)
+    tenants: TenancyConfig = Field(default_factory=TenancyConfig)
+
+    @model_validator(mode="after")
+    def _check_tenants(self) -> Self:
+        """What of `tenants` depends on other keys. The message of a ValueError is what a person sees."""
+        tenants, host = self.tenants, self.ingress.host
+        if tenants.auth is None and not _is_loopback(host):
+            raise ValueError(
+                f"tenants.auth: ingress.host {host} can be reached from elsewhere: write `required`, and make keys "
+                "with `moeray tenant create`; or write `off` to serve everybody who reaches it"
+            )
+        given = [key for key in ("jwks_file", "issuer", "audience") if getattr(tenants, key)]
+        if given and len(given) < 3:
+            missing = ", ".join(key for key in ("jwks_file", "issuer", "audience") if key not in given)
+            raise ValueError(
+                f"tenants.{given[0]}: tokens need jwks_file, issuer and audience together; missing: {missing}"
+            )
+        if not self.redis.url and tenants.usage == "redis":
+            raise ValueError("tenants.usage: redis needs redis.url")
+        if not self.redis.url and tenants.needs_credential and self.ingress.num_replicas > 1:
+            raise ValueError(
+                f"tenants.auth: {self.ingress.num_replicas} ingresses (ingress.num_replicas) count quotas together "
+                "only in Redis: set redis.url"
+            )
+        return self
 
     @property
     def backend(self) -> str:

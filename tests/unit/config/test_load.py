@@ -88,3 +88,42 @@ def test_a_channel_can_be_switched_off_as_one_writes_it(tmp_path: Path, text: st
     """YAML reads a bare off as false."""
     (tmp_path / "cluster.yaml").write_text(f"transport: {{channel: {text}}}\n")
     assert load_config(tmp_path / "cluster.yaml").transport.channel == "off"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
+def test_loopback_needs_no_key_unless_it_is_asked_for(host: str) -> None:
+    assert not parse_config({"ingress": {"host": host}}).tenants.needs_credential
+    assert parse_config({"ingress": {"host": host}, "tenants": {"auth": "required"}}).tenants.needs_credential
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "moeray.example.org", ""])
+def test_other_hosts_are_refused_until_it_is_written_who_is_served(host: str) -> None:
+    with pytest.raises(ConfigError, match=r"tenants\.auth: ingress\.host .* write `required`.* or write `off`"):
+        parse_config({"ingress": {"host": host}})
+    for written, needed in (("off", False), (False, False), ("required", True)):
+        config = parse_config({"ingress": {"host": host}, "tenants": {"auth": written}})
+        assert config.tenants.needs_credential is needed
+        assert parse_config(to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"tenants": {"jwks_file": "/keys.json"}}, r"tenants\.jwks_file: .* missing: issuer, audience"),
+        ({"tenants": {"issuer": "https://id"}}, r"tenants\.issuer: .* missing: jwks_file, audience"),
+        ({"tenants": {"usage": "redis"}}, r"tenants\.usage: redis needs redis\.url"),
+        ({"tenants": {"auth": "required"}, "ingress": {"num_replicas": 2}}, r"tenants\.auth: 2 ingresses .*redis\.url"),
+        ({"tenants": {"auth": "on"}}, r"tenants\.auth: .*'off' or 'required'"),
+        ({"tenants": {"on_store_failure": "ignore"}}, r"tenants\.on_store_failure: .*'closed' or 'open'"),
+        ({"tenants": {"fiel": "x"}}, r"tenants\.fiel: unknown key; did you mean file\?"),
+    ],
+)
+def test_keys_of_tenants_that_do_not_fit_together_are_named(data: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse_config(data)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_what_tenants_need_of_redis_is_there_with_its_url() -> None:
+    data = {"tenants": {"auth": "required", "usage": "redis"}, "ingress": {"num_replicas": 2}}
+    assert parse_config({**data, "redis": {"url": "redis://127.0.0.1:6379/0"}}).tenants.usage == "redis"
