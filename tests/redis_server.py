@@ -28,8 +28,9 @@ def free_port() -> int:
 class RedisServer:
     """See module docstring. Attributes: url: for clients. process: the server's, None while there is none."""
 
-    def __init__(self, folder: Path) -> None:
-        self._port, self._folder = free_port(), folder
+    def __init__(self, folder: Path, **options: str) -> None:
+        """`options` are Redis's own, with underscores."""
+        self._port, self._folder, self._options = free_port(), folder, options
         self.url = f"redis://127.0.0.1:{self._port}/0"
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -38,6 +39,7 @@ class RedisServer:
         binary = _binary()
         assert binary is not None, missing()
         options = {"bind": "127.0.0.1", "port": self._port, "dir": self._folder, "appendonly": "yes", "save": ""}
+        options |= {key.replace("_", "-"): value for key, value in self._options.items()}
         command = [word for key, value in options.items() for word in (f"--{key}", str(value))]
         self.process = subprocess.Popen([binary, *command], stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + WAIT_S
