@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moeray.cli.errors import CommandError
+from moeray.cli.tenant_arguments import add_tenant_commands
 from moeray.config import ConfigError
 
 EXAMPLES = """\
@@ -21,6 +22,8 @@ examples:
   moeray restart experts                   new processes for one pool, one after the other
   moeray down                              stop what `up` started
   moeray inspect DIRECTORY --groups 8      what a checkpoint holds, and what each of 8 expert groups would read
+  moeray tenant create search              a tenant and its first key; `moeray tenant --help` has more
+  moeray usage --by tenant                 who used how much
   RAY_ADDRESS=host:6379 moeray up          on a Ray cluster that is there already
 """
 
@@ -78,6 +81,14 @@ def _run(options: argparse.Namespace) -> int:
         return inspect_checkpoint(
             options.checkpoint, groups=options.groups, redundant=options.redundant, as_json=options.json
         )
+    if options.command == "tenant":
+        from moeray.cli.tenant import tenant
+
+        return tenant(options)
+    if options.command == "usage":
+        from moeray.cli.usage import usage
+
+        return usage(options.file, by=options.by, since=options.since, until=options.until, as_json=options.json)
     from moeray.cli.demo import demo
 
     return demo(options.file)
@@ -151,6 +162,8 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument(
         "--redundant", type=int, default=0, metavar="R", help="with --groups: R extra copies per layer (default 0)"
     )
+
+    add_tenant_commands(commands)
 
     demo = commands.add_parser(
         "demo", help="start a cluster, ask it over gRPC and HTTP, print, stop", epilog="example: moeray demo"
