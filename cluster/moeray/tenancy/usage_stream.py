@@ -14,6 +14,8 @@ STREAM = "moeray:usage"
 MAX_RECORDS = 1_000_000
 """About 300 MB. The oldest go when more come."""
 PAGE = 1000
+SKEW_S = 3600.0
+"""How far the clocks of ingresses and server may differ without a record being missed."""
 
 Page = list[tuple[str, dict[str, str]]]
 
@@ -43,12 +45,12 @@ class UsageStream:
 
 
 def read_stream(client: Redis, *, since: float = float("-inf")) -> Iterator[str]:
-    """Every record's line from `since` on (by the server's clock, so some may be older).
+    """Every record's line from `since` on; some may be older.
 
     Raises:
         OSError: Redis does not answer.
     """
-    next_id = str(max(0, int(since * 1000))) if since > 0 else "-"
+    next_id = str(max(0, int((since - SKEW_S) * 1000))) if since > 0 else "-"
     try:
         while page := cast(Page, client.xrange(STREAM, min=next_id, count=PAGE)):
             for _, record in page:

@@ -130,13 +130,17 @@ async def test_open_keeps_this_ingresss_part_of_the_limits() -> None:
         await it.quotas.reserve(one)
 
 
-async def test_a_refusal_of_the_store_is_no_failure() -> None:
+async def test_a_refusal_of_the_store_is_an_answer() -> None:
     it = Guarded("open")
     for _ in range(3):
         await it.quotas.reserve(SEARCH)
+    it.store.is_away = True
+    await it.quotas.release(await it.quotas.reserve(SEARCH))  # counted here: the store is down
+    assert it.quotas.is_down
+    it.store.is_away, it.now_s = False, RETRY_S
     with pytest.raises(QuotaExceeded):
         await it.quotas.reserve(SEARCH)
-    assert not it.quotas.is_down
+    assert not it.quotas.is_down, "it answered"
 
 
 async def test_what_ended_while_it_was_away_is_settled_when_it_is_back() -> None:

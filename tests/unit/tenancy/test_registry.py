@@ -81,6 +81,20 @@ def test_no_editor_undoes_anothers_change(open_store: Callable[[], RosterStore])
     assert set(open_store().read().tenants) == {"first", *names}
 
 
+def test_a_change_in_redis_is_made_anew_if_others_wrote_meanwhile(redis: Redis) -> None:
+    store, seen = RosterRedis(redis), list[set[str]]()
+
+    def change(roster: Roster) -> Roster:
+        seen.append(set(roster.tenants))
+        if len(seen) == 1:
+            RosterRedis(redis).edit(with_tenant("other"))
+        return create_tenant(roster, "ours", {})
+
+    store.edit(change)
+    assert seen == [set(), {"other"}]
+    assert set(store.read().tenants) == {"other", "ours"}
+
+
 def test_a_change_that_fails_writes_nothing(open_store: Callable[[], RosterStore]) -> None:
     store = open_store()
     store.edit(with_tenant("search"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -129,6 +130,11 @@ STRANGER = ec.generate_private_key(ec.SECP256R1())
         lambda: token(exp=time.time() - 60),
         lambda: token(nbf=time.time() + 600),
         lambda: token(exp="tomorrow"),
+        lambda: token(exp=float("inf")),
+        lambda: token(exp=float("nan")),
+        lambda: token(exp=[]),
+        lambda: token(nbf={}),
+        lambda: token(aud=3),
         lambda: token()[:-4] + "AAAA",
         lambda: token().replace(".", "", 1),
         lambda: "..",
@@ -137,12 +143,16 @@ STRANGER = ec.generate_private_key(ec.SECP256R1())
         lambda: "\x00" * 50 + "..",
         lambda: base64.urlsafe_b64encode(b"[" * 6000).decode() + ".e30.AAAA",
         lambda: base64.urlsafe_b64encode(b'{"a":' * 1000 + b"1" + b"}" * 1000).decode() + ".e30.AAAA",
-        lambda: "x" * 9000,
     ],
 )  # fmt: skip
 def test_any_other_token_is_nobodys(verifier: TokenVerifier, make: Callable[[], str]) -> None:
     with pytest.raises(Unauthenticated):
         verifier.claim_values(make())
+
+
+def test_no_time_is_spent_on_a_token_that_is_too_long(verifier: TokenVerifier) -> None:
+    with pytest.raises(Unauthenticated, match="longer than 8192 characters"):
+        verifier.claim_values(token(more="x" * 9000))
 
 
 def test_keys_that_could_be_misused_are_not_taken_from_the_file(path: Path) -> None:
@@ -187,6 +197,16 @@ def test_keys_change_with_the_file_and_a_wrong_file_changes_nothing(path: Path, 
     path.write_text(json.dumps({"keys": [public("ES256")]}))
     verifier.refresh()
     assert verifier.claim_values(token("ES256", kid=None)) == ("search",), "one key needs no id"
+
+
+async def test_keys_are_looked_for_again_by_themselves(path: Path, verifier: TokenVerifier) -> None:
+    watch = asyncio.create_task(verifier.watch())
+    path.write_text(json.dumps({"keys": [public("EdDSA")]}))  # noqa: ASYNC240 a small file
+    deadline = time.monotonic() + 60
+    while len(verifier._keys) > 1:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
+    watch.cancel()
 
 
 def test_a_token_is_the_tenant_that_lists_its_claim(tmp_path: Path, verifier: TokenVerifier) -> None:
