@@ -28,9 +28,9 @@ def free_port() -> int:
 class RedisServer:
     """See module docstring. Attributes: url: for clients. process: the server's, None while there is none."""
 
-    def __init__(self, folder: Path, **options: str) -> None:
-        """`options` are Redis's own, with underscores."""
-        self._port, self._folder, self._options = free_port(), folder, options
+    def __init__(self, folder: Path, port: int | None = None, **options: str) -> None:
+        """`options` are Redis's own, with underscores; `port` is any free one if it is not given."""
+        self._port, self._folder, self._options = port or free_port(), folder, options
         self.url = f"redis://127.0.0.1:{self._port}/0"
         self.process: subprocess.Popen[bytes] | None = None
 

@@ -125,7 +125,7 @@ def run(make_store: Callable[[Callable[[], int]], QuotaStore], loop: asyncio.Abs
 
 
 def test_in_process_it_decides_as_the_model_does() -> None:
-    run(LocalQuotas, asyncio.new_event_loop(), 200)
+    run(LocalQuotas, asyncio.new_event_loop(), 100)
 
 
 def test_in_redis_it_decides_as_the_model_does(redis: Redis, redis_server: RedisServer) -> None:
@@ -139,4 +139,4 @@ def test_in_redis_it_decides_as_the_model_does(redis: Redis, redis_server: Redis
     # Leases of a process that lives are renewed; the model's time runs without that.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("moeray.tenancy.redis_quotas.LEASE_S", 1e6)
-        run(emptied, loop, 80)
+        run(emptied, loop, 40)

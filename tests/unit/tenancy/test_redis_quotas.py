@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -51,7 +53,7 @@ async def grants(url: str, num_tries: int, limits: Tenant = SEARCH) -> int:
 
 
 def test_fifty_threads_in_two_processes_get_exactly_a_hundred_a_minute(redis: Redis, redis_server: RedisServer) -> None:
-    """Each thread is an ingress with its own connections; together they ask 1500 times within one minute."""
+    """Each thread is an ingress with its own connections; together they ask 400 times within one minute."""
     process = subprocess.Popen(
         [sys.executable, __file__, redis_server.url], stdout=subprocess.PIPE, stdin=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -70,7 +72,7 @@ def test_fifty_threads_in_two_processes_get_exactly_a_hundred_a_minute(redis: Re
         process.kill()
         process.wait(WAIT_S)
     if ended[0] - began[0] >= 59:
-        pytest.skip("the machine needed a minute for 1500 calls: a new window may have begun")
+        pytest.skip("the machine needed a minute for 400 calls: a new window may have begun")
     assert ours + theirs == 100
     state, _, leases = quota_keys("search")
     assert (redis.hget(state, "R"), redis.hget(state, "T")) == ("100", "300")
@@ -79,7 +81,7 @@ def test_fifty_threads_in_two_processes_get_exactly_a_hundred_a_minute(redis: Re
 
 def in_threads(url: str) -> int:
     with ThreadPoolExecutor(25) as pool:
-        return sum(pool.map(lambda _: asyncio.run(grants(url, 30)), range(25)))
+        return sum(pool.map(lambda _: asyncio.run(grants(url, 8)), range(25)))
 
 
 async def test_places_of_an_ingress_that_died_are_free_when_its_lease_ends(client: AsyncRedis) -> None:
@@ -128,8 +130,8 @@ async def test_memory_does_not_grow_with_the_number_of_requests(client: AsyncRed
     store = RedisQuotas(client, lambda: now_us)
     of = Tenant(name="search", limits=Limits(tokens_per_minute=2**50))
     most = 0
-    for step in range(4000):
-        now_us += 37_000  # 148 s, three requests in each bucket
+    for step in range(900):
+        now_us += 99_000  # 89 s, a request in each bucket
         await store.settle(await store.reserve(of, tokens=5), 5)
         most = max(most, redis.hlen(quota_keys("search")[0])) if step % 100 == 0 else most
     assert most <= 2 * 601 + 10
@@ -155,9 +157,20 @@ def test_all_keys_of_a_tenant_are_in_one_slot() -> None:
     assert key_slot(quota_keys("a")[0].encode()) != key_slot(quota_keys("b")[0].encode())
 
 
+def free_cluster_port() -> int:
+    """A node takes its port + 10000 too. Both are below those that the kernel gives to others."""
+    for port in random.sample(range(12_000, 22_000), 1000):
+        try:
+            with socket.create_server(("127.0.0.1", port)), socket.create_server(("127.0.0.1", port + 10_000)):
+                return port
+        except OSError:
+            continue
+    pytest.fail("no two ports are free")
+
+
 @pytest.fixture
 def cluster_node(tmp_path: Path) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path, cluster_enabled="yes")
+    server = RedisServer(tmp_path, free_cluster_port(), cluster_enabled="yes")
     server.start()
     with connect(server.url, None, timeout_s=60.0) as client:
         client.execute_command("CLUSTER", "ADDSLOTS", *range(16384))
