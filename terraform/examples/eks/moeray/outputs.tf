@@ -1,0 +1,4 @@
+output "release" {
+  description = "The Helm release."
+  value       = module.moeray.release
+}

@@ -1,0 +1,8 @@
+output "release" {
+  description = "Name, namespace and revision of the release."
+  value = {
+    name      = helm_release.moeray.name
+    namespace = helm_release.moeray.namespace
+    status    = helm_release.moeray.status
+  }
+}

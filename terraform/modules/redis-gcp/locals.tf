@@ -1,0 +1,3 @@
+locals {
+  eviction = { state = "noeviction", cache = "allkeys-lru" }[var.use]
+}
