@@ -1,5 +1,5 @@
 output "release" {
-  description = "Name, namespace and revision of the release."
+  description = "Name, namespace and status of the release."
   value = {
     name      = helm_release.moeray.name
     namespace = helm_release.moeray.namespace
