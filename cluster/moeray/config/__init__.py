@@ -12,8 +12,8 @@ from moeray.config.schema import (
     IngressConfig,
     MicroBatches,
     RowFormatName,
-    TlsConfig,
     TenancyConfig,
+    TlsConfig,
     TransportConfig,
 )
 
@@ -28,8 +28,8 @@ __all__ = [
     "IngressConfig",
     "MicroBatches",
     "RowFormatName",
-    "TlsConfig",
     "TenancyConfig",
+    "TlsConfig",
     "TransportConfig",
     "load_config",
     "parse_config",
