@@ -14,7 +14,7 @@ CODE := cluster model_plugins deployments scripts tests benchmarks
 BIN := $(abspath $(VENV))/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full correctness check lint fmt types imports fast-test chaos bench bench-hop bench-network bench-step tiny-model proto wheel lock clean
+.PHONY: help setup demo test test-full test-deploy correctness check lint fmt types imports fast-test chaos bench bench-hop bench-network bench-step tiny-model proto wheel lock clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ test: setup  ## All CPU tests (TESTS=path narrows, PYTEST_ARGS adds)
 
 test-full: setup  ## All CPU tests and the whole correctness matrix, with times (about an hour on 2 cores)
 	$(BIN)/python -m pytest $(TESTS) -m "full or not full" --durations=25 $(PYTEST_ARGS)
+
+test-deploy: setup  ## What deploys moeray: terraform/ (tools that are not there are named and skipped)
+	$(BIN)/python -m pytest tests/deploy $(PYTEST_ARGS)
 
 correctness: setup  ## Measure docs/correctness.md anew (half an hour; REPORT_ARGS="--only parity" for a part)
 	$(BIN)/python tests/correctness/report.py $(REPORT_ARGS)
