@@ -1,12 +1,11 @@
 """When shards that find an expert group bad are believed.
 
 A group that is given up ends and is replaced, which costs its experts' copies for as long as that takes. So:
-* that it LIES is believed at once, whoever says so: the group itself answered that what it computed is garbage, so it
-  is of no use to the others either, whether they have asked it yet or not;
-* that it is ABSENT (a broken connection, no answer at all) is believed at once if no expert is lost with the group. If
-  one would be lost, most shards must say so: the shard's own network may be what is broken, and one broken shard must
-  not bring down what serves the others;
+* that it is BAD (a broken connection, no answer at all, an error where another group computed the same call) is
+  believed at once if no expert is lost with the group. If one would be lost, most shards must say so: then the group is
+  of no use to them, and one broken shard, or its network, cannot bring down what serves the others;
 * that it is SLOW is believed when it was said often, and no expert is lost with the group.
+A group that fails at rows of its own ends by itself, whoever needs it (expert_group/self_test.py).
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ class Charge(StrEnum):
     """What a shard says of a group; see module docstring."""
 
     SLOW = "slow"
-    ABSENT = "absent"
-    LIES = "lies"
+    BAD = "bad"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +49,7 @@ def convicted(accusations: Collection[Accusation], group: str, *, num_shards: in
         loses_experts: without it some expert has no living copy.
     """
     against = [accusation for accusation in accusations if accusation.group == group]
-    charges = {accusation.charge for accusation in against}
-    if Charge.LIES in charges:
-        return True
+    find_it_bad = {accusation.by for accusation in against if accusation.charge is Charge.BAD}
     if loses_experts:
-        return 2 * len({accusation.by for accusation in against if accusation.charge is Charge.ABSENT}) > num_shards
-    return Charge.ABSENT in charges or len(against) >= SLOW_TIMES
+        return 2 * len(find_it_bad) > num_shards
+    return bool(find_it_bad) or len(against) >= SLOW_TIMES

@@ -183,7 +183,7 @@ class Membership(ClusterState):
         adopter = replace(member, generation=max(generation, member.generation))
         return settled(self._with(adopter, floors=floors))
 
-    def accuse(self, by: str, id: str, reason: str, charge: Charge = Charge.ABSENT) -> Membership:
+    def accuse(self, by: str, id: str, reason: str, charge: Charge = Charge.BAD) -> Membership:
         """A shard finds a group bad; if that is believed (accusations.py), the group is given up.
 
         An accusation of a group that nobody uses or that was given up, or by one who is no living shard, changes

@@ -29,7 +29,6 @@ from moeray.transport.communicator import NOBODY, Communicator, Flight, Last, Li
 from moeray.transport.errors import (
     TOO_SLOW,
     ExpertsMissing,
-    GarbageRows,
     GroupFailed,
     PeerLost,
     StaleGeneration,
@@ -282,9 +281,8 @@ class AllToAllTransport:
                 return StaleGeneration(self._groups[index], self.generation, status.generation)
             if status.sequence != handle.sequence:
                 raise self._lost(1 + index, f"answered call {status.sequence} instead of {handle.sequence}")
-            if status.status in (Status.FAILED, Status.GARBAGE):
-                kind = GarbageRows if status.status is Status.GARBAGE else GroupFailed
-                return kind(self._groups[index], status.text)
+            if status.status is Status.FAILED:
+                return GroupFailed(self._groups[index], status.text)
         return None
 
     def _group_of_pairs(self, handle: AllToAllHandle) -> Tensor:

@@ -48,10 +48,6 @@ class GroupFailed(TransportError):
         self.reason = reason
 
 
-class GarbageRows(GroupFailed):
-    """A group's rows hold NaN or Inf."""
-
-
 class ExpertsMissing(TransportError):
     """A token goes to experts that no group holds which is there."""
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moeray.transport.errors import GarbageRows, TransportError
+from moeray.transport.errors import GroupFailed, TransportError
 
 
 def weighted_sum(rows_PD: Tensor, weights_TK: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def require_finite(
         y_TD: what `weighted_sum` made of the rows.
         group_of_pairs: gives [P] the group that computed each row; called only if there is something to blame.
     Raises:
-        GarbageRows: rows are not finite; names the first group that sent such and its experts.
+        GroupFailed: rows are not finite; names the first group that sent such and its experts.
         TransportError: the rows are finite, but not the result: the shard's own router weights are at fault.
     """
     if y_TD.sum(dtype=torch.float32).isfinite().item():
@@ -104,6 +104,6 @@ def require_finite(
         group = int(group_P[bad_P].min())
         theirs_P = bad_P & (group_P == group)
         experts = sorted(set(expert_ids_TK.reshape(-1)[theirs_P].tolist()))
-        raise GarbageRows(group, f"layer {layer}: experts {experts} gave NaN or Inf, and the group did not say so")
+        raise GroupFailed(group, f"layer {layer}: experts {experts} gave NaN or Inf, and the group did not say so")
     if not y_TD.isfinite().all():  # else the sum alone left fp32's range
         raise TransportError(f"layer {layer}: the router's weights of this shard make NaN or Inf of finite rows")

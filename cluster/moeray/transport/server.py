@@ -67,6 +67,7 @@ class GroupServer:
         device: str = "cpu",
         channel: ChannelUsers = "same_user",
         may_poll: bool = False,
+        on_failure: Callable[[int], None] = lambda _: None,
     ) -> None:
         """Keep the settings; `start` listens.
 
@@ -76,8 +77,9 @@ class GroupServer:
             host: the only address listened on; port 0 takes a free one.
             may_poll: no other process needs this one's cores: a single shard's next call is awaited without sleeping.
             channel: which shards of this node may use shared memory instead of the backend (gloo only).
+            on_failure: called with the layer of each call that could not be computed, by the thread that answers it.
         """
-        self._may_poll = may_poll
+        self._may_poll, self._on_failure = may_poll, on_failure
         self._compute: ComputeInto = compute if isinstance(compute, MergedCompute) else copying(compute)
         self._identity, self._backend = identity, backend
         self._positions: Mapping[int, int] = dict(positions or {})
@@ -240,7 +242,7 @@ class GroupServer:
             link = BufferedLink(communicator, geometry, theirs.max_tokens, lambda: keep_alive_all(host))
             del communicator
         send_message(shard.connection, {"ready": True}, monotonic() + HANDSHAKE_TIMEOUT_S)
-        return Session(link, geometry, self._compute, lambda: self._positions)
+        return Session(link, geometry, self._compute, lambda: self._positions, self._on_failure)
 
 
 def _rank_if_gone(connection: socket.socket) -> Callable[[], int | None]:

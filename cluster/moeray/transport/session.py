@@ -141,17 +141,20 @@ class Session:
     """Serves one shard; its thread alone uses it."""
 
     def __init__(
-        self, link: GroupLink, geometry: Geometry, compute: ComputeInto, generations: Callable[[], Collection[int]]
-    ) -> None:
+        self, link: GroupLink, geometry: Geometry, compute: ComputeInto, generations: Callable[[], Collection[int]],
+        on_failure: Callable[[int], None],
+    ) -> None:  # fmt: skip
         """Nothing is received yet.
 
         Args:
             generations: that the group serves now; other generations' calls are answered with STALE.
+            on_failure: called with the layer of a call that could not be computed.
         """
         self._link = link
         self._geometry = geometry
         self._compute = compute
         self._generations = generations
+        self._on_failure = on_failure
         self._views: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.counts = SessionCounts()
 
@@ -184,9 +187,9 @@ class Session:
                 self._compute_rows(header, *rows, reply)
             except Exception as error:  # noqa: BLE001
                 # Whatever went wrong in the computation is this call's result; the shard must not wait for rows.
-                status = Status.GARBAGE if isinstance(error, FloatingPointError) else Status.FAILED
-                text = f"{type(error).__name__}: {error}"
+                status, text = Status.FAILED, f"{type(error).__name__}: {error}"
                 self.counts.failures += 1
+                self._on_failure(header.layer)
             self.counts.calls += 1
             self.counts.tokens += header.num_rows
             self.counts.pairs += header.num_pairs

@@ -62,7 +62,6 @@ class Status(IntEnum):
     OK = 0
     FAILED = 1
     STALE = 2
-    GARBAGE = 3
 
 
 class Header(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import torch
 from moeray.config import ClusterConfig
 from moeray.deepseek_v4 import Checkpoint, RoutedExperts
 from moeray.deepseek_v4.source import locate
+from moeray.expert_group.self_test import SelfTest
 from moeray.transport import GroupServer, MergedCompute, ModelIdentity
 
 if TYPE_CHECKING:
@@ -34,9 +36,13 @@ class Computation:
     address: str
 
 
-def start_computation(config: ClusterConfig, model: str, *, host: str, may_poll: bool) -> Computation:
+def start_computation(
+    config: ClusterConfig, model: str, *, host: str, may_poll: bool, on_broken: Callable[[Exception], None]
+) -> Computation:
     """Open the checkpoint, and listen on `host`; every shard is refused until generations are served. Blocks.
 
+    Args:
+        on_broken: called by a thread when the group fails at rows of its own; see `SelfTest`.
     Raises:
         CheckpointError: the checkpoint cannot be served.
         OSError: nothing can be bound there.
@@ -51,9 +57,10 @@ def start_computation(config: ClusterConfig, model: str, *, host: str, may_poll:
         num_experts=shape.num_experts, num_layers=shape.num_layers, dtype=shape.dtype,
     )  # fmt: skip
     merged = MergedCompute(experts) if isinstance(experts, RoutedExperts) and experts.batch_invariant else None
+    test = SelfTest(experts, lambda: experts.held, identity, device, on_broken)
     server = GroupServer(
         merged or experts, identity, host=host, backend=config.transport.backend, device=str(device),
-        channel=config.transport.channel, may_poll=may_poll,
+        channel=config.transport.channel, may_poll=may_poll, on_failure=test.after_failure,
     )  # fmt: skip
     return Computation(identity, tuple(shape.moe_layers), experts, merged, server, server.start())
 

@@ -58,7 +58,7 @@ class ExpertGroup:
         if config.pin_cores and not config.experts.num_gpus:
             may_poll = has_core_for_each(config.num_compute_threads)
             await self._member.take_cores(config.experts.num_threads, config.num_threads)
-        computation = await asyncio.to_thread(_start, config, model, may_poll)
+        computation = await asyncio.to_thread(_start, config, model, may_poll, self._on_damage)
         self._computation = computation
         self._follower = GenerationFollower(
             self._member.id, computation.layers, computation.experts, computation.server, self._member
@@ -114,11 +114,13 @@ class ExpertGroup:
             await self._give_up(str(error))
 
     def _on_damage(self, error: Exception) -> None:
-        """Called by the scrubber, in its thread."""
+        """Called by the scrubber or a self-test, in its thread: what is held, or what computes with it, is broken."""
         asyncio.run_coroutine_threadsafe(self._give_up(str(error)), self._loop)
 
     async def _give_up(self, reason: str) -> None:
-        """Tell why, and end: Serve starts another."""
+        """Serve nobody any more, tell why, and end: Serve starts another."""
+        if self._computation is not None:
+            self._computation.server.serve_generations({})
         with suppress(ray.exceptions.RayError, MembershipError, TimeoutError):
             await asyncio.wait_for(self._member.lost(reason), LAST_WORDS_S)
         _exit(reason)
@@ -148,10 +150,11 @@ class ExpertGroup:
         }
 
 
-def _start(config: ClusterConfig, model: str, may_poll: bool) -> Computation:
+def _start(config: ClusterConfig, model: str, may_poll: bool, on_broken: Callable[[Exception], None]) -> Computation:
     from moeray.expert_group.computation import start_computation  # imports torch: seconds
 
-    return start_computation(config, model, host=ray.util.get_node_ip_address(), may_poll=may_poll)
+    host = ray.util.get_node_ip_address()
+    return start_computation(config, model, host=host, may_poll=may_poll, on_broken=on_broken)
 
 
 def _scrubber(computation: Computation, on_damage: Callable[[Exception], None]) -> Scrubber:

@@ -17,7 +17,3 @@ class CheckpointError(ValueError):
 
 class ExpertError(RuntimeError):
     """An expert group cannot answer this call: an expert it does not hold, bad input or a non-finite result."""
-
-
-class NotFinite(ExpertError, FloatingPointError):
-    """Finite activations gave NaN or Inf: of `FloatingPointError` the transport knows that the group is broken."""

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moeray.deepseek_v4.checkpoint import Checkpoint
-from moeray.deepseek_v4.errors import ExpertError, NotFinite
+from moeray.deepseek_v4.errors import ExpertError
 from moeray.deepseek_v4.expert_formula import ExpertWeights, pre_activations
 from moeray.deepseek_v4.expert_store import ExpertsPerLayer, ExpertStore, PlainExperts, not_finite
 from moeray.deepseek_v4.names import PARTS
@@ -269,7 +269,7 @@ def blame(layer: int, x_TD: Tensor, bad_P: NDArray[np.uint8], experts_P: NDArray
     """The error for these bad rows: it names the experts, or the shard if that sent such activations."""
     if not x_TD.isfinite().all():
         return ExpertError(f"layer {layer}: the shard sent activations that hold NaN or Inf")
-    return NotFinite(f"layer {layer}: experts {sorted(set(experts_P[bad_P > 0].tolist()))} gave NaN or Inf")
+    return ExpertError(f"layer {layer}: experts {sorted(set(experts_P[bad_P > 0].tolist()))} gave NaN or Inf")
 
 
 def _read_expert(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from moeray.membership import Charge
-from moeray.transport.errors import GarbageRows, GroupFailed, PeerLost
+from moeray.transport.errors import GroupFailed, PeerLost
 from moeray.vllm_hooks.route import Route
+
+MAX_ERRORS = 3
+"""So often may a group that no other can stand in for fail at one call, until the call is what is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,28 +20,32 @@ class Blame:
     """Why a group is left out.
 
     Attributes:
-        is_doubtful: it may only have been slow, or busy; one that gave errors is not tried again in this route.
+        charge: what it is accused of.
+        is_doubtful: it may only have been slow, or busy; one that gave errors is not tried again in this route, if
+            others can do without it.
     """
 
     reason: str
     is_doubtful: bool
+    charge: Charge = Charge.BAD
 
 
-def judged(route: Route, bad: Mapping[int, Blame], failure: PeerLost | GroupFailed) -> tuple[Blame, Charge]:
-    """What the group of this failure is left out for, and what it is to be accused of.
+def judged(route: Route, bad: Mapping[int, Blame], failure: PeerLost | GroupFailed) -> Blame:
+    """What the group of this failure is left out for.
 
     Args:
         bad: the groups that are left out already.
     """
-    is_lost = isinstance(failure, PeerLost)
-    reason = failure.reason if is_lost else f"gave an error: {failure.reason}"
     is_needed = not route.placement.covers(route.absent | {*bad, failure.group})
-    charge = Charge.ABSENT
-    if isinstance(failure, GarbageRows):
-        charge = Charge.LIES
-    elif isinstance(failure, PeerLost) and failure.is_late and not is_needed:
-        charge = Charge.SLOW
-    return Blame(reason, is_doubtful=is_lost), charge
+    if isinstance(failure, GroupFailed):
+        return Blame(f"gave an error: {failure.reason}", is_doubtful=is_needed)
+    is_merely_slow = failure.is_late and not is_needed
+    return Blame(failure.reason, is_doubtful=True, charge=Charge.SLOW if is_merely_slow else Charge.BAD)
+
+
+def is_the_calls_own(errors: Sequence[tuple[str, str]]) -> bool:
+    """Whether errors (group id, reason) that one call got are the call's: two groups agree, or one says it often."""
+    return len({group_id for group_id, _ in errors}) > 1 or len(errors) >= MAX_ERRORS
 
 
 def beyond_doubt(bad: Mapping[int, Blame]) -> dict[int, Blame]:

@@ -29,7 +29,7 @@ from moeray.transport.errors import ExpertsMissing, GroupFailed, PeerLost, Stale
 from moeray.transport.interface import DispatchHandle, Transport
 from moeray.transport.links import room_for
 from moeray.transport.wire import MAX_INLINE_ROWS, Geometry
-from moeray.vllm_hooks.blame import Blame, beyond_doubt, can_carry, judged
+from moeray.vllm_hooks.blame import Blame, beyond_doubt, can_carry, is_the_calls_own, judged
 from moeray.vllm_hooks.hop_costs import HopCosts
 from moeray.vllm_hooks.route import Route
 
@@ -270,19 +270,20 @@ class Hop:
         """Compute a failed call once more, as often as it takes."""
         started = perf_counter_ns()
         deadline = monotonic() + self._wait_s
-        blamed: set[str] = set()
+        errors: list[tuple[str, str]] = []
         while True:
             self.costs.failures += 1
             logger.warning("layer %d: %s", call.layer, failure)
             if self._route is None or not self._route.addresses:
                 raise failure  # there is no other group (local)
             if isinstance(failure, GroupFailed):
-                blamed.add(self._route.groups[failure.group])
-                if len(blamed) > 1 or not bool(call.x_TD.isfinite().all()):
-                    raise failure  # two groups say so, or its input
+                errors.append((self._route.groups[failure.group], f"gave an error: {failure.reason}"))
+                if is_the_calls_own(errors) or not bool(call.x_TD.isfinite().all()):
+                    raise failure
             if isinstance(failure, (PeerLost, GroupFailed)):
-                self._bad[failure.group], charge = judged(self._route, self._bad, failure)
-                self._accuse(self._route.groups[failure.group], self._bad[failure.group].reason, charge)
+                self._bad[failure.group] = blame = judged(self._route, self._bad, failure)
+                if isinstance(failure, PeerLost):
+                    self._accuse(self._route.groups[failure.group], blame.reason, blame.charge)
             transport = self._reconnected(call, failure, deadline)
             try:
                 y_TD = transport.combine(transport.dispatch(call.layer, call.x_TD, call.expert_ids_TK, call.weights_TK))
@@ -290,6 +291,9 @@ class Hop:
             except MENDABLE as error:
                 failure = error.with_traceback(None)
             del transport
+        for group_id, reason in errors:  # not before: now somebody has computed the same call
+            if any(self._route.groups[group] == group_id for group in self._bad):
+                self._accuse(group_id, reason, Charge.BAD)
         stalled_us = (perf_counter_ns() - started) / 1e3
         self.costs.stalled(stalled_us)
         logger.warning("layer %d: computed again after %.1f ms", call.layer, stalled_us / 1e3)

@@ -160,7 +160,7 @@ async def test_copies_that_are_left_are_shown(cluster: Cluster) -> None:
     state = await cluster.controller.state()
     assert state["copies"] == {"slots": 16, "fewest": 2, "fewest_living": 2, "experts_lost": 0}
     assert "generation 1, at least 2 of 2 copies of each expert" in render(state)
-    await cluster.controller.accuse("s0", "g0", "garbage", Charge.ABSENT)
+    await cluster.controller.accuse("s0", "g0", "garbage", Charge.BAD)
     state = await cluster.controller.state()
     assert (state["is_complete"], state["is_covered"], state["copies"]["fewest_living"]) == (False, True, 1)
     assert "(an expert group is missing; the others have its experts)" in render(state)

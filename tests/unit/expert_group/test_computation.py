@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
 
 import pytest
 import torch
@@ -16,18 +18,28 @@ from moeray.deepseek_v4.checkpoint import Checkpoint
 from moeray.expert_group.computation import Computation, start_computation
 from moeray.placement import contiguous
 from moeray.tiny import checkpoint_path
-from moeray.transport import HandshakeRefused, TransportSpec, connect
+from moeray.transport import GroupFailed, HandshakeRefused, TransportSpec, connect
 
 
 @contextmanager
-def started(model: Path) -> Iterator[Computation]:
+def started(model: Path, broken: list[str] | None = None) -> Iterator[Computation]:
     before = torch.get_num_threads()
-    computation = start_computation(ClusterConfig(model=str(model)), str(model), host="127.0.0.1", may_poll=False)
+    config, broken = ClusterConfig(model=str(model)), [] if broken is None else broken
+    computation = start_computation(
+        config, str(model), host="127.0.0.1", may_poll=False, on_broken=lambda error: broken.append(str(error))
+    )
     try:
         yield computation
     finally:
         computation.server.stop()
         torch.set_num_threads(before)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = monotonic() + 60
+    while not condition():
+        assert monotonic() < deadline
+        sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -74,4 +86,24 @@ def test_a_shard_is_refused_until_its_generation_is_served_and_then_gets_the_exp
         y_TD = transport.combine(transport.dispatch(0, x_TD, ids_TK, weights_TK))
         rows_TKD = computation.experts(0, x_TD, ids_TK).view(3, shape.top_k, -1)
         assert torch.equal(y_TD, rows_TKD[:, 0])
+        transport.close()
+
+
+def test_a_group_whose_weights_give_garbage_refuses_the_call_and_finds_that_it_is_broken() -> None:
+    shape = Checkpoint.open(checkpoint_path()).shape
+    placement = contiguous(generation=1, num_layers=shape.num_layers, num_experts=shape.num_experts, num_groups=1)
+    broken: list[str] = []
+    with started(checkpoint_path(), broken) as computation:
+        computation.experts.hold(dict.fromkeys(shape.moe_layers, range(shape.num_experts)))
+        computation.server.serve_generations({1: 0})
+        spec = TransportSpec(backend="gloo", shard="shard", identity=computation.identity, max_tokens=8, timeout_s=60.0)
+        transport = connect(spec, placement, [computation.address])
+        store: Any = computation.experts._store
+        store._layers[0].experts[3].w2.fill(0x7FC0)  # NaN in bf16, whose bits the kernel's packing keeps
+        ids_TK = torch.full((1, shape.top_k), 3, dtype=torch.int32)
+        x_TD = torch.randn(1, shape.hidden_size).bfloat16()
+        with pytest.raises(GroupFailed):
+            transport.combine(transport.dispatch(0, x_TD, ids_TK, torch.ones(ids_TK.shape)))
+        until(lambda: bool(broken))
+        assert "experts [3] gave NaN or Inf" in broken[0]
         transport.close()

@@ -26,7 +26,6 @@ from moeray.transport import (
     connect,
 )
 from moeray.transport.all_to_all import AllToAllTransport
-from moeray.transport.errors import GarbageRows
 from moeray.vllm_hooks import hop as hop_module
 from moeray.vllm_hooks.hop import Hop, NotConnected
 from moeray.vllm_hooks.route import Route
@@ -182,7 +181,7 @@ def test_a_lost_groups_copies_are_asked_at_once(stage: str) -> None:
     assert torch.equal(layer_call(hop), X * 2)
     assert [each.absent for each in cluster.made] == [frozenset(), {1}]
     assert hop.left_out == {1: "connection closed by peer"}
-    assert cluster.accused == [("group-1", "connection closed by peer", Charge.ABSENT)]
+    assert cluster.accused == [("group-1", "connection closed by peer", Charge.BAD)]
     report = hop.report()
     assert (report["failures"], report["calls"]) == (1, 1)
     assert 0 < report["longest_stall_us"] <= report["stalled_us"]
@@ -227,7 +226,7 @@ def test_without_a_copy_the_call_waits_for_the_next_route() -> None:
     assert torch.equal(results[0], X * 2)
     assert hop.generation == 3
     assert cluster.waits == [True, False], "said once, however often it was tried in between"
-    assert cluster.accused == [("group-1", "connection closed by peer", Charge.ABSENT)]
+    assert cluster.accused == [("group-1", "connection closed by peer", Charge.BAD)]
 
 
 def test_a_call_that_needs_no_lost_expert_does_not_wait() -> None:
@@ -264,12 +263,36 @@ def test_a_group_that_was_only_late_is_tried_again_while_a_call_waits(monkeypatc
 
 def test_an_error_that_two_groups_give_is_the_calls_own() -> None:
     cluster = Cluster()
-    cluster.fails = [[("combine", GarbageRows(1, "NaN"))], [("combine", GarbageRows(0, "NaN"))]]
+    cluster.fails = [[("combine", GroupFailed(1, "NaN"))], [("combine", GroupFailed(0, "NaN"))]]
     hop = cluster.hop()
     hop.follow(cluster.route())
     with pytest.raises(GroupFailed, match="expert group 0 failed"):
         layer_call(hop)
-    assert [(group, charge) for group, _, charge in cluster.accused] == [("group-1", Charge.LIES)]
+    assert cluster.accused == [], "nobody knows that a group is to blame"
+
+
+def test_an_error_of_a_group_is_told_once_another_has_computed_the_call() -> None:
+    cluster = Cluster()
+    cluster.fails = [[("combine", GroupFailed(1, "NaN"))]]
+    hop = cluster.hop()
+    hop.follow(cluster.route())
+    assert torch.equal(layer_call(hop), X * 2)
+    assert cluster.accused == [("group-1", "gave an error: NaN", Charge.BAD)]
+
+
+def test_without_copies_an_error_is_asked_again_and_then_the_calls_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hop_module, "RETRY_S", 0.01)
+    cluster = Cluster(copies=False)
+    hop = cluster.hop()
+    cluster.fails = [[("combine", GroupFailed(1, "NaN"))]]
+    hop.follow(cluster.route())
+    assert torch.equal(layer_call(hop), X * 2)
+    assert (cluster.accused, hop.left_out) == ([], {})
+    cluster.made[-1].fails.append(("combine", GroupFailed(1, "NaN")))
+    cluster.fails = [[("combine", GroupFailed(1, "NaN"))] for _ in range(2)]
+    with pytest.raises(GroupFailed):
+        layer_call(hop)
+    assert cluster.accused == []
 
 
 def test_a_group_that_gives_errors_is_not_tried_again() -> None:
