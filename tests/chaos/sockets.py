@@ -11,7 +11,7 @@ from contextlib import closing
 import psutil
 
 _PIDFD_GETFD = 438  # x86-64 and arm64 alike
-_SO_ATTACH_FILTER = 26
+_SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -44,6 +44,18 @@ def deafen(pid: int, descriptor: int) -> None:
     program = struct.pack("HL", 1, ctypes.addressof(drop_all))
     with closing(take(pid, descriptor)) as taken:
         taken.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
+
+
+def hear(pid: int, descriptor: int) -> None:
+    """The end of `deafen`."""
+    with closing(take(pid, descriptor)) as taken:
+        taken.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
+
+
+def listeners(pid: int) -> list[int]:
+    """Descriptors of its TCP ports. One that is deaf takes no new connection; those that it has taken go on."""
+    connections = psutil.Process(pid).net_connections("tcp")
+    return sorted(each.fd for each in connections if each.status == psutil.CONN_LISTEN)
 
 
 def connections_to(pid: int, server_pid: int) -> list[int]:

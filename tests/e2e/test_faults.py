@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
+from chaos import sockets
 from clusters import Cluster, cluster, is_running, kill, wait_for
 from streams import LONG, stream, text_of, wait_until_healed
 
@@ -156,3 +157,35 @@ def test_serving_goes_on_without_the_controller_and_it_comes_back_knowing_everyb
     wait_until_healed(victim, 1)
     members = {(p["role"], p["id"]) for p in victim.status()["processes"] if p["state"] == "ready"}
     assert members == {(p["role"], p["id"]) for p in before["processes"] if p["state"] == "ready"}
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_a_shard_that_is_cut_off_from_the_controller_hands_its_streams_over_when_it_can_only_wait(
+    victim: Cluster, undisturbed: str
+) -> None:
+    """Both shards have a stream when a group that has no copies is lost; only one of them keeps its lease."""
+    state = victim.status()
+    controller = next(process["pid"] for process in state["processes"] if process["role"] == "controller")
+    group, (deaf, other) = victim.processes("expert_group")[0], victim.processes("attention_shard")
+    ports = sockets.listeners(controller)
+
+    def cut_off() -> None:
+        for descriptor in ports:  # so that it does not simply connect anew
+            sockets.deafen(controller, descriptor)
+        for descriptor in sockets.connections_to(deaf["pid"], controller):
+            sockets.deafen(deaf["pid"], descriptor)
+        kill(group["pid"])
+
+    with ThreadPoolExecutor(2) as pool:
+        streams = [pool.submit(text_of, victim, cut_off), pool.submit(text_of, victim)]
+        try:
+            # Far less than `experts.wait_s`; nobody can take the group's place meanwhile.
+            wait_for(lambda: not is_running(deaf["engine_pid"]), 90, "the end of the shard that was cut off")
+            assert is_running(other["engine_pid"]), "it has a lease, and waits"
+        finally:
+            for descriptor in ports:
+                sockets.hear(controller, descriptor)
+        assert [each.result() for each in streams] == [undisturbed, undisturbed]
+    wait_until_healed(victim, state["generation"] + 1)
+    assert other["engine_pid"] in engine_pids(victim)
