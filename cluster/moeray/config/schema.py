@@ -138,9 +138,9 @@ class TlsConfig:
     @model_validator(mode="after")
     def _belong_together(self) -> TlsConfig:
         if bool(self.cert_file) is not bool(self.key_file):
-            raise ValueError("cert_file and key_file belong together: give both or neither")
+            raise ValueError("ingress.tls: cert_file and key_file belong together: give both or neither")
         if self.client_ca_file and not self.cert_file:
-            raise ValueError("client_ca_file needs cert_file and key_file: clients' certificates are part of TLS")
+            raise ValueError("ingress.tls.client_ca_file: needs cert_file and key_file, too: without TLS no certificate is seen")
         return self
 
 
