@@ -203,27 +203,45 @@ class ClusterMember:
             logger.warning("%s %s: the controller is gone, joining again", self._role, self.id)
             try:
                 await self._join()
-                if self._report:
-                    await self.report(self._report)
-                if self._cores is not None:
-                    await self._controller.keep_cores.remote(self.id, self._cores)
-                if self._identity is not None:
-                    await self.identify(self._identity)
-                if self._address:
-                    await self.ready(self._address)
-                await self._say_again()
             except (ray.exceptions.RayError, OSError, MembershipError) as error:
                 logger.warning("%s %s: joining again failed: %s", self._role, self.id, error)
+                await asyncio.sleep(RETRY_S)
+                continue
+            await self._until_told(self._lease)
+
+    async def _until_told(self, lease: Lease) -> None:
+        """Say everything again, however often that takes; if the lease is lost meanwhile, the next one begins anew."""
+        while not lease.lost.is_set():
+            try:
+                await self._say_again()
+                return
+            except (ray.exceptions.RayError, MembershipError) as error:
+                logger.warning("%s %s: the controller was not told everything again: %s", self._role, self.id, error)
                 await asyncio.sleep(RETRY_S)
 
     async def _say_again(self) -> None:
         """What a controller that was away, or lost its memory, may not know."""
+        if self._report:
+            await self.report(self._report)
+        if self._cores is not None:
+            await self._controller.keep_cores.remote(self.id, self._cores)
+        if self._identity is not None:
+            await self.identify(self._identity)
+        if self._address:
+            await self.ready(self._address)
         if self._role is Role.ATTENTION_SHARD and self.generation:
-            await self.adopted(self.generation)
+            await self._unless_refused(self._controller.adopted, self.generation)
         if self._prepared:
-            await self.prepared(self._prepared)
+            await self._unless_refused(self._controller.prepared, self._prepared)
         if self._is_draining:
-            await self.drain()
+            await self._unless_refused(self._controller.drain)
+
+    async def _unless_refused(self, method: Any, *arguments: Any) -> None:
+        """Like `_say`, but raises RayError where the controller does not answer."""
+        try:
+            await method.remote(self.id, *arguments)
+        except MembershipError as error:
+            logger.warning("%s %s: the controller refused: %s", self._role, self.id, error)
 
     async def _follow(
         self, on_view: Callable[[View], Awaitable[None]], on_told_to_go: Callable[[], Awaitable[None]]
