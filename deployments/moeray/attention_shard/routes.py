@@ -60,6 +60,11 @@ class RouteServer:
         async with self._changed:
             await asyncio.wait_for(self._changed.wait_for(lambda: not self._are_missing()), CONNECTED_S)
 
+    async def hung_up(self) -> None:
+        """Wait for the first worker that is gone after `connected`: none comes back, so its engine cannot be moved."""
+        async with self._changed:
+            await self._changed.wait_for(self._are_missing)
+
     async def publish(self, route: Route) -> None:
         """Tell all workers; returns when each has moved.
 

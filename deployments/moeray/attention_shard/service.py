@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import grpc
 import msgspec
 
 from moeray.attention_shard import link as wire
-from moeray.attention_shard.engine import ShardEngine
+from moeray.attention_shard.engine import EngineLost, ShardEngine
 from moeray.attention_shard.relay import Relay, handlers
 from moeray.attention_shard.routes import RouteServer
 from moeray.attention_shard.spec import ShardSpec
@@ -21,6 +22,9 @@ from moeray.vllm_hooks.hop import Accuse
 from moeray.vllm_hooks.route import Route
 
 logger = logging.getLogger(__name__)
+
+ENGINE_END_S = 5.0
+"""An engine that ends hangs up its route feed first, and says why in so long."""
 
 _NOT_CONNECTED = "not connected to its expert groups yet"
 
@@ -49,6 +53,7 @@ class ShardService:
         self._generation = 0
         self._connecting = asyncio.Lock()
         self._routes: asyncio.Task[RouteServer] | None = None
+        self._fed: asyncio.Future[RouteServer] = asyncio.get_running_loop().create_future()
         self._on_accused, self._on_waiting = on_accused, on_waiting
         self._lost = False
         self._server = grpc.aio.server(options=wire.CHANNEL_OPTIONS)
@@ -66,7 +71,23 @@ class ShardService:
         return port
 
     async def run(self) -> None:
-        await self.relay.run()
+        """Serve until the engine is gone, or can be moved no more.
+
+        Raises:
+            EngineLost: with the reason.
+        """
+        relaying, hung_up = asyncio.create_task(self.relay.run()), asyncio.create_task(self._hung_up())
+        try:
+            await asyncio.wait({relaying, hung_up}, return_when=asyncio.FIRST_COMPLETED)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(relaying, ENGINE_END_S)
+            raise EngineLost(wire.EXPERTS_LOST, "a worker of its engine follows no routes any more")
+        finally:
+            relaying.cancel()
+            hung_up.cancel()
+
+    async def _hung_up(self) -> None:
+        await (await self._fed).hung_up()
 
     async def drain(self, reason: str, drain_s: float, hurry: asyncio.Event) -> None:
         """Take nothing new, let requests in flight end for at most `drain_s` (or until `hurry`), then close."""
@@ -130,6 +151,7 @@ class ShardService:
         routes = RouteServer(self._on_accused, self._on_waiting)
         await self._engine.call_worker("moeray_follow_routes", await routes.start())
         await routes.connected(self._engine.num_workers)
+        self._fed.set_result(routes)
         return routes
 
     async def _info(self, data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:

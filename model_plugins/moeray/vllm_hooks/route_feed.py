@@ -74,10 +74,11 @@ class RouteFeed:
                     for each in self._hops():
                         each.announce(route)
                     self._routes.put((int(data["number"]), route))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.error("route feed: %s", error)
-        self.close()  # the shard process must not believe that this worker follows routes
-        self._routes.put(None)
+        except Exception:  # whatever it was, the next line may be as bad
+            logger.exception("route feed: ends")
+        finally:
+            self.close()  # the shard process must not believe that this worker follows routes
+            self._routes.put(None)
 
     def _follow(self) -> None:
         while True:

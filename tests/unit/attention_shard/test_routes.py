@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Coroutine
 from typing import Any
 
@@ -173,15 +174,31 @@ def test_a_layer_call_that_waits_for_experts_is_known_to_the_shard_process_until
     run(story())
 
 
-def test_a_worker_that_cannot_read_its_routes_follows_none_and_the_shard_process_knows() -> None:
+class Unprepared(Hop):
+    """Fails on a route in a way that nobody foresaw."""
+
+    def announce(self, route: Route) -> None:
+        if route.generation == 2:
+            raise AttributeError("generation 2")
+        super().announce(route)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b'{"number": 2}\n', json.dumps({"number": 2, "route": route(2).to_json()}).encode() + b"\n"],
+    ids=["not a route", "not a route for it"],
+)
+def test_a_worker_that_cannot_read_its_routes_follows_none_and_the_shard_process_knows(line: bytes) -> None:
     async def story() -> None:
         engine = Engine()
+        engine.hop = Unprepared()
         server = await following([engine], [])
+        gone = asyncio.create_task(server.hung_up())
         await server.publish(route(1))
+        assert not gone.done()
         for worker in server._workers:
-            worker.write(b'{"number": 2}\n')
-        while server._workers:
-            await asyncio.sleep(0.01)
+            worker.write(line)
+        await gone
         with pytest.raises(RouteRefused, match="0 of 1 workers"):
             await server.publish(route(3))
 

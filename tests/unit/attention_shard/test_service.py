@@ -9,6 +9,8 @@ import grpc
 import pytest
 
 from moeray.attention_shard import link as wire
+from moeray.attention_shard import service as service_module
+from moeray.attention_shard.engine import EngineLost
 from moeray.attention_shard.service import ShardService
 from moeray.attention_shard.spec import ShardSpec
 from moeray.placement import contiguous
@@ -32,6 +34,8 @@ class Engine:
     def __init__(self, slow: str) -> None:
         self.slow, self.go_on, self.called = slow, asyncio.Event(), list[str]()
         self.reached = asyncio.Event()
+        self.ended: asyncio.Future[None] = asyncio.Future()
+        self.feed: RouteFeed | None = None
         self.hop = Hop()
         self.hop.set_up(self.connect)
 
@@ -44,8 +48,19 @@ class Engine:
             self.reached.set()
             await self.go_on.wait()
         if method == "moeray_follow_routes":
-            await asyncio.to_thread(RouteFeed, args[0], lambda: [self.hop])
+            self.feed = await asyncio.to_thread(RouteFeed, args[0], lambda: [self.hop])
         return self.hop.report() if method == "moeray_hop" else None
+
+    async def get_output_async(self) -> Any:
+        await self.ended
+
+
+async def connected(engine: Engine) -> tuple[ShardService, asyncio.Task[None]]:
+    """A service that runs, its engine on its first route."""
+    service = ShardService(ShardSpec("s0", {}), engine, lambda *_: None, lambda _: None)  # type: ignore[arg-type]
+    running = asyncio.create_task(service.run())
+    await asyncio.wait_for(service._move(Route(PLACEMENT, ("group-a",), ("127.0.0.1:1",))), WAIT_S)
+    return service, running
 
 
 @pytest.mark.parametrize("slow", ["moeray_follow_routes", "moeray_choose_micro_batches"])
@@ -68,3 +83,25 @@ async def test_a_first_connect_that_is_given_up_does_not_hinder_the_next_one(slo
     routes = await service._routes
     assert (routes._num_workers, len(routes._workers)) == (1, 1)
     await service._close("done", 0)
+
+
+async def test_a_shard_whose_engine_can_be_moved_no_more_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "ENGINE_END_S", 0.1)
+    engine = Engine(slow="")
+    _, running = await connected(engine)
+    assert engine.feed is not None and not running.done()
+    engine.feed.close()
+    with pytest.raises(EngineLost, match="follows no routes any more") as caught:
+        await asyncio.wait_for(running, WAIT_S)
+    assert caught.value.code == wire.EXPERTS_LOST
+
+
+async def test_an_engine_that_ends_says_why_although_its_feed_has_hung_up_before() -> None:
+    engine = Engine(slow="")
+    service, running = await connected(engine)
+    assert engine.feed is not None and service._routes is not None
+    engine.feed.close()
+    await asyncio.wait_for((await service._routes).hung_up(), WAIT_S)
+    engine.ended.set_exception(EngineLost(wire.ENGINE_DEAD, "was killed by SIGSEGV"))
+    with pytest.raises(EngineLost, match="was killed by SIGSEGV"):
+        await asyncio.wait_for(running, WAIT_S)
