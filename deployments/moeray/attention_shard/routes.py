@@ -36,10 +36,11 @@ class RouteServer:
 
         Args:
             on_accused: `(group_id, reason, charge)`; see `hop.Accuse`.
-            on_waiting: see `hop.OnWaiting`.
+            on_waiting: when the first worker begins to wait for experts, and when none does any more.
         """
         self._on_accused, self._on_waiting = on_accused, on_waiting
         self._workers: dict[asyncio.StreamWriter, dict[str, Any]] = {}
+        self._who_wait: set[asyncio.StreamWriter] = set()
         self._changed = asyncio.Condition()
         self._number = self._num_workers = 0
         self._server: asyncio.AbstractServer | None = None
@@ -110,7 +111,7 @@ class RouteServer:
                 if "accuse" in message:
                     self._on_accused(message["accuse"], message["reason"], Charge(message["charge"]))
                 elif "waiting" in message:
-                    self._on_waiting(message["waiting"])
+                    self._note_waiting(writer, message["waiting"])
                 else:
                     self._workers[writer] = message
                     await self._notify()
@@ -118,9 +119,19 @@ class RouteServer:
             logger.error("route feed: %s", error)
         finally:
             del self._workers[writer]
+            self._note_waiting(writer, False)
             with contextlib.suppress(OSError):
                 writer.close()
             await self._notify()
+
+    def _note_waiting(self, worker: asyncio.StreamWriter, waits: bool) -> None:
+        did_any = bool(self._who_wait)
+        if waits:
+            self._who_wait.add(worker)
+        else:
+            self._who_wait.discard(worker)
+        if bool(self._who_wait) is not did_any:
+            self._on_waiting(not did_any)
 
     async def _notify(self) -> None:
         async with self._changed:

@@ -174,6 +174,34 @@ def test_a_layer_call_that_waits_for_experts_is_known_to_the_shard_process_until
     run(story())
 
 
+@pytest.mark.parametrize("how_it_ends", ["waiting", "close"])
+def test_an_engine_waits_for_experts_until_its_last_worker_does_not(how_it_ends: str) -> None:
+    async def story() -> None:
+        engines, waits, accused = [Engine(), Engine()], list[bool](), list[Any]()
+        await following(engines, accused, waits)
+        one, other = (engine.feed for engine in engines)
+        assert one is not None and other is not None
+        one.waiting(True)
+        while not waits:
+            await asyncio.sleep(0.01)
+        other.waiting(True)
+        other.waiting(False)
+        for feed in (one, other):
+            feed.accuse("group-a", "said after that", Charge.SLOW)
+        while len(accused) < 2:
+            await asyncio.sleep(0.01)
+        assert waits == [True]
+        if how_it_ends == "waiting":
+            one.waiting(False)
+        else:
+            one.close()
+        while len(waits) < 2:
+            await asyncio.sleep(0.01)
+        assert waits == [True, False]
+
+    run(story())
+
+
 class Unprepared(Hop):
     """Fails on a route in a way that nobody foresaw."""
 
