@@ -17,6 +17,9 @@ from pydantic.dataclasses import dataclass
 POOL_LABEL = "pool"
 """Ray node label that places the pools: a node started with `pool=attention`, `pool=experts` or `pool=ingress`."""
 
+STEP_TIMEOUTS = 2
+"""An engine's step may wait for a hung group so many times: each half of a batch has a connection of its own."""
+
 _FROM_FILE = ConfigDict(extra="forbid", arbitrary_types_allowed=False)
 
 Count = Annotated[int, Field(strict=True, ge=1)]
@@ -198,6 +201,7 @@ class HealthConfig:
         step_s: a shard whose engine computes one step for so long is killed and replaced; what a step waits for lost
             experts does not count (experts.wait_s). Keep it far above the longest step: the largest prompt chunk
             (engine_args.max_num_batched_tokens) on the slowest node, kernels compiled at their first call included.
+            At least STEP_TIMEOUTS times transport.timeout_s: a group that hangs is not known as lost before.
     """
 
     hang_s: Annotated[float, Field(ge=2, le=3600, allow_inf_nan=False)] = 10.0
@@ -306,6 +310,19 @@ class ClusterConfig:
             raise ValueError(
                 f"tenants.auth: {self.ingress.num_replicas} ingresses (ingress.num_replicas) count quotas together "
                 "only in Redis: set redis.url"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_step(self) -> Self:
+        """A group that hangs must be lost before the engine that waits for it is."""
+        least_s = STEP_TIMEOUTS * self.transport.timeout_s
+        if self.backend != "local" and self.health.step_s < least_s:
+            raise ValueError(
+                f"health.step_s: {self.health.step_s:g} s is less than {STEP_TIMEOUTS} times transport.timeout_s "
+                f"({STEP_TIMEOUTS} x {self.transport.timeout_s:g} s = {least_s:g} s): the engine would be killed while "
+                f"it waits for a hung expert group. Raise health.step_s to {least_s:g} or more, or lower "
+                "transport.timeout_s"
             )
         return self
 

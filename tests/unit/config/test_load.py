@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,6 +50,21 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
 def test_a_wrong_key_is_named_with_what_would_be_right(data: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_config(data)
+
+
+def test_a_step_may_take_longer_than_a_hung_group_is_waited_for() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"health": {"step_s": 50}, "transport": {"timeout_s": 30}})
+    for words in ("health.step_s: 50 s", "transport.timeout_s (2 x 30 s = 60 s)", "health.step_s to 60 or more"):
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "others", [{"health": {"step_s": 60}}, {"transport": {"backend": "local"}}, {"experts": {"num_groups": 0}}]
+)
+def test_no_other_step_is_refused(others: dict[str, Any]) -> None:
+    data: dict[str, Any] = {"health": {"step_s": 50}, "transport": {"timeout_s": 30}}
+    parse_config({key: {**data.get(key, {}), **others.get(key, {})} for key in {*data, *others}})
 
 
 def test_every_wrong_key_is_reported_at_once() -> None:
