@@ -37,7 +37,11 @@ def _limit(future: Any) -> None:
     wait = future.result
 
     def result(timeout: float | None = None) -> Any:
-        with step_limit.step():
-            return wait(timeout)
+        try:
+            with step_limit.step():
+                return wait(timeout)
+        finally:
+            if future.done():  # it refers to itself by this: only a garbage collection would free the step's outputs
+                vars(future).pop("result", None)
 
     future.result = result

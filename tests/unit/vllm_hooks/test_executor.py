@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from concurrent.futures import Future
 from typing import Any
 
@@ -52,6 +54,22 @@ def test_waiting_for_the_device_is_a_step_too(executor: Any) -> None:
     assert not is_in_step(), "EngineCore schedules the next one meanwhile"
     assert waited.result() is True
     assert not is_in_step()
+
+
+def test_a_step_that_was_waited_for_is_free_at_once(executor: Any) -> None:
+    gc.disable()
+    try:
+        waited = executor.sample_tokens(None, non_block=True)
+        assert waited.result() is waited.result() is True
+        step = weakref.ref(waited)
+        del waited
+        assert step() is None
+    finally:
+        gc.enable()
+
+
+def test_a_step_that_is_given_to_nobody_is_waited_for_too(executor: Any) -> None:
+    assert executor.sample_tokens(None, non_block=True).result() is True
 
 
 def test_a_call_that_fails_has_ended(executor: Any) -> None:
