@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
-from moeray.attention_shard.process import EXIT_FAILED, EXIT_ORPHANED
+import pytest
+
+from moeray.attention_shard import engine as engine_module
+from moeray.attention_shard import process as process_module
+from moeray.attention_shard import service as service_module
+from moeray.attention_shard.engine import EngineLost
+from moeray.attention_shard.process import EXIT_FAILED, EXIT_LOST, EXIT_ORPHANED, Events, _serve
+from moeray.attention_shard.service import ShardService
 from moeray.attention_shard.spec import Event, ShardSpec, decode_event, decode_spec, encode_event, encode_spec
+from moeray.membership import Charge
 
 SPEC = ShardSpec(
     "s0", {"model": "/nowhere", "model_name": "m", "engine_args": {}, "moeray": {"backend": "local", "checkpoint": "/"}}
@@ -62,3 +74,46 @@ def test_what_libraries_print_does_not_reach_the_events() -> None:
 
     assert [decode_event(line).event for line in process.stdout.read().splitlines()] == ["progress"]
     assert b"noise" in process.stderr.read()
+
+
+class Engine:
+    """One that is lost at once, after its workers have been asked to guard themselves."""
+
+    vllm = model = "x"
+    kv_tokens = pid = num_workers = 0
+
+    def __init__(self) -> None:
+        self.asked = list[Any]()
+
+    async def call_worker(self, *call: Any) -> None:
+        self.asked.append(call)
+
+    async def get_output_async(self) -> Any:
+        raise EngineLost("engine_dead", "was killed by SIGKILL")
+
+
+class Hearing(ShardService):
+    """Hears from its workers all that they can say."""
+
+    async def run(self) -> None:
+        self._on_accused("group-a", "end of file", Charge.ABSENT)
+        self._on_waiting(True)
+        self._on_waiting(False)
+        await super().run()
+
+
+def test_what_workers_say_reaches_the_replica_and_they_are_told_their_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine()
+    monkeypatch.setattr(engine_module, "start_engine", lambda *_: engine)
+    monkeypatch.setattr(service_module, "ShardService", Hearing)
+    monkeypatch.setattr(process_module, "guard", lambda _: SimpleNamespace())
+    spec = ShardSpec("s0", {}, host="127.0.0.1", hang_s=7.0, step_s=77.0)
+    read, write = os.pipe()
+    assert asyncio.run(asyncio.wait_for(_serve(spec, Events(write)), 60)) == EXIT_LOST
+    os.close(write)
+    with os.fdopen(read, "rb") as lines:
+        events = [decode_event(line) for line in lines]
+    assert [each.event for each in events] == ["progress", "ready", "accused", "waiting", "resumed", "lost"]
+    assert (events[2].group, events[2].text, events[2].charge) == ("group-a", "end of file", Charge.ABSENT)
+    assert events[-1].text == "was killed by SIGKILL"
+    assert engine.asked == [("moeray_guard", 7.0, 77.0)]

@@ -11,7 +11,11 @@ import pytest
 
 from moeray.attention_shard import replica
 from moeray.attention_shard.replica import AttentionShard
+from moeray.config import parse_config
+from moeray.controller.settings import controller_settings
+from moeray.deepseek_v4.checkpoint import Checkpoint
 from moeray.membership import MembershipError
+from moeray.tiny import checkpoint_path
 
 HANG_S = 5.0
 
@@ -125,3 +129,14 @@ async def test_a_shard_that_could_not_say_that_it_is_not_ready_says_it_with_the_
         await shard._unready()
     await shard._unready()
     assert member.ready_at == ""
+
+
+def test_a_shard_process_is_told_the_limits_of_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    config = parse_config(
+        {"health": {"hang_s": 7, "step_s": 77}, "transport": {"timeout_s": 17}, "experts": {"wait_s": 27}}
+    )
+    settings = controller_settings(config, Checkpoint.open(checkpoint_path()).shape)
+    spec, _ = replica._spec(config, checkpoint_path(), settings, 0, None, 0.0)
+    moeray = spec.engine["moeray"]
+    assert (spec.hang_s, spec.step_s, moeray["timeout_s"], moeray["wait_s"]) == (7, 77, 17, 27)
