@@ -143,7 +143,7 @@ class TlsConfig:
         if bool(self.cert_file) is not bool(self.key_file):
             raise ValueError("ingress.tls: cert_file and key_file belong together: give both or neither")
         if self.client_ca_file and not self.cert_file:
-            raise ValueError("ingress.tls.client_ca_file: needs cert_file and key_file, too: without TLS no certificate is seen")
+            raise ValueError("ingress.tls.client_ca_file: needs cert_file and key_file: without TLS nobody shows one")
         return self
 
 
