@@ -73,7 +73,7 @@ class ExpertsConfig:
         num_redundant: extra physical copies of experts per layer, each in another group than the ones before it.
         min_copies: every expert has so many, the busiest get the rest; with 2, any one group can be lost at any time.
         wait_s: a request whose experts are lost waits so long for their return; then its shard ends, and with it every
-            request that had no token for longer (503, UNAVAILABLE).
+            request that waited as long (503, UNAVAILABLE).
         rebalance_s: how often copies are placed anew by the load that was seen; 0 is never.
         regroup_s: a lost group that has not come back by then is left out, its experts go to the others.
         join_debounce_s: groups that come beside those that are wanted are taken in when no other has come for so long.

@@ -94,12 +94,14 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
         kv_tokens: tokens that its KV cache holds; 0 if vLLM did not say.
         others_tokens: most tokens (prompt and answer) that the requests of other ingresses will come to.
         num_running, num_waiting: as vLLM's scheduler last reported them.
+        waits_s: how long a layer call of its engine has waited for experts that nobody has; 0 if none does.
     """
 
     kv_tokens: int
     others_tokens: int
     num_running: int
     num_waiting: int
+    waits_s: float = 0.0
 
 
 class Draining(msgspec.Struct, frozen=True, tag="draining"):

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import AsyncIterator
+from time import monotonic
 from typing import Any, Protocol
 
 import grpc
@@ -102,6 +103,7 @@ class Relay:
         self.draining: str | None = None
         self.not_ready: str | None = None
         self.num_running = self.num_waiting = self.kv_tokens = 0
+        self._waiting_since: float | None = None
         self._engine = engine
         self._max_queued_bytes = max_queued_bytes
         self._links: set[_Link] = set()
@@ -241,7 +243,15 @@ class Relay:
 
     def _load(self, link: _Link) -> wire.Load:
         own = sum(self._tokens[request_id] for request_id in link.request_ids)
-        return wire.Load(self.kv_tokens, sum(self._tokens.values()) - own, self.num_running, self.num_waiting)
+        others = sum(self._tokens.values()) - own
+        return wire.Load(self.kv_tokens, others, self.num_running, self.num_waiting, self._waits_s())
+
+    def _waits_s(self) -> float:
+        return 0.0 if self._waiting_since is None else monotonic() - self._waiting_since
+
+    def experts_awaited(self, waits: bool) -> None:
+        """A layer call begins or ends to wait for experts that nobody has."""
+        self._waiting_since = monotonic() if waits else None
 
     async def _forget(self, link: _Link) -> None:
         """Abort what a vanished ingress left behind."""

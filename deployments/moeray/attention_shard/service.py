@@ -146,9 +146,13 @@ class ShardService:
             self._generation = max(self._generation, route.generation)
             self.relay.not_ready = None
 
+    def _waiting(self, waits: bool) -> None:
+        self.relay.experts_awaited(waits)
+        self._on_waiting(waits)
+
     async def _feed(self) -> RouteServer:
         """With every worker of the engine connected."""
-        routes = RouteServer(self._on_accused, self._on_waiting)
+        routes = RouteServer(self._on_accused, self._waiting)
         await self._engine.call_worker("moeray_follow_routes", await routes.start())
         await routes.connected(self._engine.num_workers)
         self._fed.set_result(routes)

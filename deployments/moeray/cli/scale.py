@@ -114,17 +114,20 @@ def _change(wanted: Mapping[str, int], num_groups: int) -> None:
     Raises:
         CommandError: one of the two refused; says what stays as it was and what does not.
     """
-    for pool, count in wanted.items():
-        _tell_controller(ROLES[pool], count)
+    told: list[str] = []
     taken: list[str] = []
     try:
         for pool, count in wanted.items():
+            _tell_controller(ROLES[pool], count)
+            told.append(pool)
+        for pool, count in wanted.items():
             _tell_serve(DEPLOYMENTS[pool], count)
-            taken.append(f"{pool}={count} is under way")
+            taken.append(pool)
     except CommandError as error:
-        if "experts" in wanted and len(taken) <= list(wanted).index("experts"):
-            taken.append(_undo(wanted["experts"], num_groups))
-        raise CommandError("; ".join((str(error), *taken)), status=error.status) from error
+        said = [f"{pool}={wanted[pool]} is under way" for pool in taken]
+        if "experts" in told and "experts" not in taken:
+            said.append(_undo(wanted["experts"], num_groups))
+        raise CommandError("; ".join((str(error), *said)), status=error.status) from error
 
 
 def _undo(count: int, num_groups: int) -> str:

@@ -17,7 +17,9 @@ MAX_DEATHS = 3
 likely what ends them, and must not go round for ever. Two can be chance: they were killed together."""
 
 MAX_ATTEMPTS = 20
-"""How often one request is sent at most, whatever became of the shards."""
+"""How often one request is sent at most without a token, whatever became of the shards."""
+WHOLE = 0.9
+"""Of `experts.wait_s`: a shard says twice a second how long it has waited."""
 
 
 class Loss(Enum):
@@ -48,6 +50,7 @@ class InFlight:
     attempts: int = 0
     deaths: list[str] = field(default_factory=list)
     _has_token: bool = False
+    _in_vain: int = 0
 
     @property
     def request_id(self) -> str:
@@ -68,6 +71,7 @@ class InFlight:
         """Another attempt; returns what this shard is sent."""
         self.shard, self._has_token = shard, False
         self.attempts += 1
+        self._in_vain += 1
         return continue_after(self.request, self.wire_id, self.token_ids)
 
     def record(self, output: EngineCoreOutput, now: float) -> None:
@@ -75,6 +79,7 @@ class InFlight:
         self.token_ids.extend(output.new_token_ids)
         if output.new_token_ids:
             self._has_token = True
+            self._in_vain = 0
             self.deaths.clear()
 
     def leave(self, loss: Loss, why: str) -> None:
@@ -89,15 +94,17 @@ class InFlight:
         """What it fails with instead of going on elsewhere, after `leave`; None if it may go on.
 
         Args:
-            stalled_s: how long it had no token, and the shard gave none to any other.
-            stall_s: if that is longer, the request does not outlive the shard: its experts are what it waited for
-                (`experts.wait_s`), and the next shard would only wait as long again.
+            stalled_s: how long it had no token, and its shard's engine waited for experts.
+            stall_s: `experts.wait_s`; after about as long it does not outlive the shard: the next one would only wait
+                as long again.
         """
         if len(self.deaths) >= MAX_DEATHS:
             return EndsShards(self.deaths)
-        if self.attempts >= MAX_ATTEMPTS:
+        if self._in_vain >= MAX_ATTEMPTS:
             return ShardLost(shard, f"{why}, as were {MAX_ATTEMPTS - 1} before it")
-        if loss is not Loss.LEFT and stalled_s > stall_s:
-            stalled = f"it gave no token for {stalled_s:.0f} s, experts.wait_s is {stall_s:g}"
-            return ShardLost(shard, f"{why}; {stalled}")
+        if loss is not Loss.LEFT and stalled_s >= WHOLE * stall_s:
+            waited = (
+                f"this request waited {stalled_s:.0f} s for experts that no group has, experts.wait_s is {stall_s:g}"
+            )
+            return ShardLost(shard, f"{why}; {waited}")
         return None

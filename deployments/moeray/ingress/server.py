@@ -36,7 +36,7 @@ class IngressSettings:
         http_port, grpc_port: 0 takes a free port.
         shares_ports: other ingresses of this cluster may listen on the same ports of this node.
         silence_s: a shard that gives no sign of life for so long is lost.
-        stall_s: a request that had no token for longer when its shard is lost, fails (`experts.wait_s`).
+        stall_s: a request that waited for experts as long when its shard is lost, fails (`experts.wait_s`).
         limits: the bounds of what is admitted, and of batches, are read from it, nothing else.
         tls: of both ports.
     """

@@ -45,7 +45,7 @@ class ShardPool:
     Args:
         wait_s: how long a request waits for a shard; None is WAIT_S, or `limits.max_wait_s` if that is shorter.
         silence_s: a shard that says nothing for so long is lost.
-        stall_s: `experts.wait_s`; a request that had no token for longer when its shard is lost, fails.
+        stall_s: `experts.wait_s`; a request that waited for experts as long when its shard is lost, fails.
 
     Attributes:
         in_flight: request id -> InFlight, for every request that has not ended.
@@ -77,7 +77,7 @@ class ShardPool:
         self._paused: set[str] = set()
         self._suspects = Suspects()
         self._by_wire_id: dict[str, InFlight] = {}
-        self._answered_at: dict[str, float] = {}  # by shard, in the loop's time
+        self._waiting_since: dict[str, float] = {}  # shards whose engine waits for experts
         self._retiring: set[asyncio.Task[None]] = set()  # kept, or the loop may drop them
         self._is_closing = False
         self._events: asyncio.Queue[EngineCoreOutputs | RequestFailed] = asyncio.Queue()
@@ -138,6 +138,8 @@ class ShardPool:
                 self._last_ready = asyncio.get_running_loop().time()
             await link.close()
             self._move_all(shard, Loss.GONE, link.why)
+        for known_of in (self._served, self._waiting_since):
+            known_of.pop(shard, None)
 
     def check_ready(self) -> None:
         if self._held or not (self.ready_shards or self._was_ready_lately()):
@@ -173,6 +175,10 @@ class ShardPool:
                 await asyncio.sleep(0.005)
         elif isinstance(frame, wire.Load):
             self.admission.report(link.shard, frame)
+            if frame.waits_s:
+                self._waiting_since[link.shard] = asyncio.get_running_loop().time() - frame.waits_s
+            else:
+                self._waiting_since.pop(link.shard, None)
         elif isinstance(frame, wire.Failed):
             died = frame.code == wire.ENGINE_DEAD
             if not died:
@@ -196,8 +202,7 @@ class ShardPool:
             self._move(known, Loss.LEFT, "its engine aborted it")  # what we abort is not known any more
             return False
         output.request_id = known.request_id
-        now = self._answered_at[known.shard] = asyncio.get_running_loop().time()
-        known.record(output, now)
+        known.record(output, asyncio.get_running_loop().time())
         self.admission.answered(known.request.external_req_id)
         if output.finish_reason is not None:
             self._end(known)
@@ -215,6 +220,7 @@ class ShardPool:
     def _lost(self, link: ShardLink, reason: str, died: bool) -> None:
         self._last_ready = asyncio.get_running_loop().time()
         self._move_all(link.shard, Loss.DIED if died else Loss.GONE, reason)
+        self._waiting_since.pop(link.shard, None)
 
     def _pause(self, shard: str) -> None:
         self._paused.add(shard)
@@ -259,9 +265,8 @@ class ShardPool:
     def _move(self, known: InFlight, loss: Loss, why: str) -> None:
         """Its shard runs it no more: go on with it elsewhere, if that is worth it."""
         shard = known.shard
-        # A request that waits behind others is not stalled: its shard gives tokens to them.
-        progress_at = max(known.progress_at, self._answered_at.get(shard, 0.0))
-        stalled_s = asyncio.get_running_loop().time() - progress_at
+        now = asyncio.get_running_loop().time()
+        stalled_s = min(now - known.progress_at, now - self._waiting_since.get(shard, now))
         self._leave(known, loss, why)
         if self._is_closing:
             self._fail(known, NoShardReady("the ingress is stopping"))

@@ -96,7 +96,7 @@ class Hearing(ShardService):
     """Hears from its workers all that they can say."""
 
     async def run(self) -> None:
-        self._on_accused("group-a", "end of file", Charge.ABSENT)
+        self._on_accused("group-a", "end of file", Charge.BAD)
         self._on_waiting(True)
         self._on_waiting(False)
         await super().run()
@@ -114,6 +114,6 @@ def test_what_workers_say_reaches_the_replica_and_they_are_told_their_limits(mon
     with os.fdopen(read, "rb") as lines:
         events = [decode_event(line) for line in lines]
     assert [each.event for each in events] == ["progress", "ready", "accused", "waiting", "resumed", "lost"]
-    assert (events[2].group, events[2].text, events[2].charge) == ("group-a", "end of file", Charge.ABSENT)
+    assert (events[2].group, events[2].text, events[2].charge) == ("group-a", "end of file", Charge.BAD)
     assert events[-1].text == "was killed by SIGKILL"
     assert engine.asked == [("moeray_guard", 7.0, 77.0)]

@@ -13,8 +13,10 @@ from vllm.v1.serial_utils import MsgpackEncoder
 from moeray.attention_shard import link as wire
 from moeray.config import ExpertsConfig
 from moeray.ingress import shard_pool
+from moeray.ingress.in_flight import MAX_ATTEMPTS, InFlight, Loss
+from moeray.ingress.shard_pool import ShardPool
 from moeray.vllm_hooks.continued_requests import generated_before
-from moeray.vllm_hooks.engine_core import ShardUnavailable
+from moeray.vllm_hooks.engine_core import ShardLost, ShardUnavailable
 
 STALLED_S = ExpertsConfig.wait_s + 1
 
@@ -155,22 +157,48 @@ def test_what_the_engine_aborts_by_itself_goes_on_elsewhere() -> None:
     asyncio.run(scenario())
 
 
-def test_a_request_without_a_token_for_the_whole_budget_is_not_tried_again_and_says_why() -> None:
+def test_only_attempts_without_a_token_between_them_count() -> None:
+    known = InFlight(request("r"), 0.0)
+    for _ in range(2 * MAX_ATTEMPTS):
+        known.start_on("a")
+        known.record(EngineCoreOutput("r", [7]), 0.0)
+        known.leave(Loss.LEFT, "drained")
+        assert known.why_not_again("a", Loss.LEFT, "drained", stalled_s=0.0, stall_s=120.0) is None
+    for _ in range(MAX_ATTEMPTS):
+        known.start_on("a")
+        known.leave(Loss.LEFT, "drained")
+    assert isinstance(known.why_not_again("a", Loss.LEFT, "drained", stalled_s=0.0, stall_s=120.0), ShardLost)
+
+
+async def stalled(pool: ShardPool, shard: Shard, request_id: str) -> None:
+    """This request has had no token for STALLED_S, and the shard's engine has waited for experts as long."""
+    shard.relay.experts_awaited(True)
+    assert shard.relay._waiting_since is not None
+    shard.relay._waiting_since -= STALLED_S
+    await until(lambda: shard.name in pool._waiting_since)
+    pool.in_flight[request_id].progress_at -= STALLED_S
+
+
+def test_a_request_that_waited_for_experts_for_the_whole_budget_is_not_tried_again_and_says_why() -> None:
     async def scenario() -> None:
         a, b = Shard("a"), Shard("b")
         async with cluster(a) as pool:
             await begin(pool, a, 3)
             await pool.add(request("fresh"))
             await until(lambda: "fresh" in a.engine.running)
-            pool.in_flight["r"].progress_at -= STALLED_S
-            pool._answered_at["a"] -= STALLED_S
+            await stalled(pool, a, "r")
             await join(pool, a, b)
             await all_ready(pool, 2)
             a.relay.fail(wire.ENGINE_DEAD, "no copy of expert 7 came back")
             failed = await failure(pool)
             assert failed.request_id == "r" and isinstance(failed.error, ShardUnavailable)
             assert failed.error.http_status == 503 and failed.error.retry_after_s >= 1
-            for word in ("shard a", "no copy of expert 7 came back", "121 s", "experts.wait_s is 120"):
+            for word in (
+                "shard a",
+                "no copy of expert 7 came back",
+                "waited 121 s for experts",
+                "experts.wait_s is 120",
+            ):
                 assert word in str(failed.error)
             await until(lambda: set(b.engine.running) == {"fresh+1"})
             await b.stop()
@@ -178,14 +206,14 @@ def test_a_request_without_a_token_for_the_whole_budget_is_not_tried_again_and_s
     asyncio.run(scenario())
 
 
-def test_a_request_that_waits_behind_others_goes_on_however_long_it_had_no_token() -> None:
+def test_a_request_that_waits_for_its_turn_or_its_prefill_goes_on_however_long_it_had_no_token() -> None:
     async def scenario() -> None:
         a, b = Shard("a"), Shard("b")
         async with cluster(a) as pool:
             await begin(pool, a)
             await pool.add(request("queued"))
             await until(lambda: "queued" in a.engine.running)
-            pool.in_flight["queued"].progress_at -= STALLED_S
+            pool.in_flight["queued"].progress_at -= STALLED_S  # a long prefill, or a queue
             a.engine.step(3, only="r")
             assert await passed_on(pool) == {"r": [3]}
             await join(pool, a, b)
@@ -202,7 +230,7 @@ def test_a_token_renews_the_budget() -> None:
         a, b = Shard("a"), Shard("b")
         async with cluster(a) as pool:
             await begin(pool, a)
-            pool.in_flight["r"].progress_at -= STALLED_S
+            await stalled(pool, a, "r")
             a.engine.step(3)
             assert await passed_on(pool) == {"r": [3]}
             await join(pool, a, b)
@@ -220,7 +248,7 @@ def test_what_a_living_shard_hands_over_goes_on_however_long_it_had_no_token() -
         a, b = Shard("a"), Shard("b")
         async with cluster(a) as pool:
             await begin(pool, a)
-            pool.in_flight["r"].progress_at -= STALLED_S
+            await stalled(pool, a, "r")
             await join(pool, a, b)
             await all_ready(pool, 2)
             a.relay.drain("going down")
