@@ -29,8 +29,15 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 
 @pytest.fixture(scope="module")
 def _ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    ray.init(num_cpus=1, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False,
-             _temp_dir=str(Path("/tmp") / f"moeray-store-{os.getpid()}"))  # fmt: skip
+    for attempt in range(3):
+        try:
+            ray.init(num_cpus=1, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False,
+                     _temp_dir=str(Path("/tmp") / f"moeray-store-{os.getpid()}"))  # fmt: skip
+            break
+        except Exception:  # Ray gives its own processes 30 s, whatever else this machine does
+            ray.shutdown()
+            if attempt == 2:
+                raise
     yield
     ray.shutdown()
 
