@@ -95,6 +95,11 @@ class ShardPool:
             shard for shard, link in self._links.items() if link.state is LinkState.READY and shard not in self._leaving
         ]
 
+    @property
+    def num_waiting(self) -> int:
+        """Accepted requests that no shard runs now."""
+        return len(self._waiting)
+
     def describe(self) -> dict[str, dict[str, object]]:
         """Per shard: address, state, why it is not ready, requests of this ingress."""
         return {

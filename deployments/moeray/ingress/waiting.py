@@ -24,6 +24,9 @@ class Waiting:
         """Those that wait now, the longest first; they may be discarded meanwhile."""
         return iter([known for known, _ in self._requests.values()])
 
+    def __len__(self) -> int:
+        return len(self._requests)
+
     def add(self, known: InFlight) -> None:
         """One that waits already keeps its place and its time."""
         if known.request_id not in self._requests:
