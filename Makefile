@@ -71,7 +71,7 @@ bench-step: setup  ## One decode step, split and monolithic on the same cores ->
 	$(BIN)/python benchmarks/step.py --json benchmarks/results/step.json $(BENCH_ARGS)
 	$(BIN)/python benchmarks/tables.py
 
-chaos: setup  ## Five minutes of faults in a cluster under load, every answer checked (CHAOS_ARGS="--seed 7 --json FILE")
+chaos: setup  ## Five minutes of faults in a cluster under load, every kind, every answer checked (CHAOS_ARGS="--seed 7 --json FILE")
 	$(BIN)/python tests/chaos/run.py --seconds 300 --every-kind --overlap $(CHAOS_ARGS)
 
 tiny-model: setup  ## Make, train and evaluate the bundled model from scratch in build/moeray-tiny (an hour on one core)

@@ -9,7 +9,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,11 @@ SCALE_S = 240.0
 
 
 class CannotInject(Exception):
-    """This machine or cluster gives no way to do it; the run says so."""
+    """The cluster gives no way to do it; the run says so."""
+
+
+class LacksMeans(CannotInject):
+    """This machine has nothing to do it with; the run is not to blame."""
 
 
 @dataclass
@@ -189,7 +193,7 @@ def garbage_group(context: Context) -> Harm:
 def full_shm(context: Context) -> Harm:
     """The cluster's own /dev/shm has no byte left for FULL_S."""
     if context.shm is None:
-        raise CannotInject("the cluster shares /dev/shm with everybody: no mount namespace of its own here")
+        raise LacksMeans("the cluster shares /dev/shm with everybody: no mount namespace of its own here")
     file = context.shm / "chaos-fill"
     written = 0
     try:
@@ -225,7 +229,7 @@ def stop_redis(context: Context) -> Harm:
 
 def _redis(context: Context) -> RedisServer:
     if context.redis is None:
-        raise CannotInject(f"no Redis: {missing()}")
+        raise LacksMeans(f"no Redis: {missing()}")
     return context.redis
 
 
@@ -303,14 +307,24 @@ class Planned:
 
 @dataclass
 class Schedule:
-    """The same faults in the same order for the same seed."""
+    """The same faults in the same order for the same seed.
+
+    Attributes:
+        repeats: how often the first two rounds together have these; others are in each round once.
+    """
 
     seed: int
     names: list[str] = field(default_factory=lambda: list(FAULTS))
+    repeats: Mapping[str, int] = field(default_factory=dict)
 
-    def __iter__(self) -> Any:
-        """Without end: every fault once, in random order, then every one again."""
-        rng = random.Random(self.seed)
+    @property
+    def num_rounds(self) -> int:
+        """After which each fault was there as often as it is wanted."""
+        return 2 if self._again() else 1
+
+    def rounds(self) -> Iterator[list[Planned]]:
+        """Without end: every fault once, in random order; then what is repeated; then every one again."""
+        rng, is_first = random.Random(self.seed), True
         while True:
             order = rng.sample(self.names, len(self.names))
             for less in (each for each in self.names if each.startswith("fewer ")):
@@ -318,5 +332,14 @@ class Schedule:
                 if more in order and order.index(more) > order.index(less):
                     one, other = order.index(more), order.index(less)
                     order[one], order[other] = less, more
-            for name in order:
-                yield Planned(name, rng.randrange(2**31), round(rng.uniform(0.5, 2.5), 3))
+            yield [self._planned(name, rng) for name in order]
+            if is_first and (again := self._again()):
+                yield [self._planned(name, rng) for name in rng.sample(again, len(again))]
+            is_first = False
+
+    def _again(self) -> list[str]:
+        return [name for name in self.names for _ in range(self.repeats.get(name, 1) - 1)]
+
+    @staticmethod
+    def _planned(name: str, rng: random.Random) -> Planned:
+        return Planned(name, rng.randrange(2**31), round(rng.uniform(0.5, 2.5), 3))

@@ -21,9 +21,9 @@ from clusters import Cluster, cluster
 from redis_server import RedisServer, missing
 
 from chaos.asks import catalogue
-from chaos.faults import FAULTS, SCALE_S, CannotInject, Context, Harm, Planned, Schedule
+from chaos.faults import FAULTS, SCALE_S, CannotInject, Context, Harm, LacksMeans, Planned, Schedule
 from chaos.load import Load, reference, what_is_wrong
-from chaos.report import Event, Findings, attribute
+from chaos.report import Event, Findings, attribute, first_chunk_s
 from chaos.watching import PERIOD_S, Counts, Watcher, is_whole, signs
 from moeray.cli.connection import ray_connection
 from moeray.tiny import checkpoint_path
@@ -44,7 +44,7 @@ class Plan:
 
     Attributes:
         seconds: faults are injected for so long; the last ones may recover afterwards.
-        every_kind: and until each fault of the schedule was injected.
+        every_kind: and until each fault of the schedule was injected, as often as it is repeated.
         overlap: a fault begins as soon as the pools that it harms are whole, while others may be under repair.
         logs: where the logs of the cluster's processes are kept.
         every: of the catalogue's asks, each so-many-th is used.
@@ -99,14 +99,15 @@ def run(plan: Plan, say: Say = print) -> Findings:
             if plan.logs is not None:
                 shutil.copytree(Path("/tmp/ray/session_latest/logs").resolve(), plan.logs, dirs_exist_ok=True)
         failures, quiet_stall_s = attribute(events, load.outcomes, lambda outcome: what_is_wrong(outcome, right))
-        return Findings(plan.seed, events, len(load.outcomes), failures, quiet_stall_s)
+        first_token_s = first_chunk_s(right.values())
+        return Findings(plan.seed, events, len(load.outcomes), failures, quiet_stall_s, first_token_s)
 
 
 def inject_all(plan: Plan, context: Context, say: Say) -> list[Event]:
     """One fault after the other until the time is used up, or one that the cluster does not get over."""
     faults: list[Injected] = []
     rounds, ends = Rounds(plan.schedule), time.monotonic() + plan.seconds
-    while time.monotonic() < ends or (plan.every_kind and not rounds.completed):
+    while time.monotonic() < ends or (plan.every_kind and rounds.completed < plan.schedule.num_rounds):
         under_repair = [each for each in faults if not each.is_over.is_set()]
         planned = None
         if plan.overlap or not under_repair:
@@ -126,11 +127,11 @@ def inject_all(plan: Plan, context: Context, say: Say) -> list[Event]:
 
 
 class Rounds:
-    """What is next: every fault of a schedule's round once, before any of the next one."""
+    """What is next: every fault of a schedule's round, before any of the next one."""
 
     def __init__(self, schedule: Schedule) -> None:
-        self._planned, self._size = iter(schedule), len(schedule.names)
-        self._round = self._next()
+        self._rounds = schedule.rounds()
+        self._round = next(self._rounds)
         self.completed = 0
 
     def take(self, busy: frozenset[str]) -> Planned | None:
@@ -139,13 +140,10 @@ class Rounds:
             if not FAULTS[planned.name].pools & busy:
                 self._round.remove(planned)
                 if not self._round:
-                    self._round = self._next()
+                    self._round = next(self._rounds)
                     self.completed += 1
                 return planned
         return None
-
-    def _next(self) -> list[Planned]:
-        return [next(self._planned) for _ in range(self._size)]
 
 
 class Injected:
@@ -213,7 +211,8 @@ def inject(planned: Planned, context: Context, say: Say) -> Injected:
     try:
         fault.done(FAULTS[planned.name].inject(context))
     except (CannotInject, OSError, psutil.Error) as error:
-        fault.give_up(str(error))
+        fault.event.lacks_means = isinstance(error, LacksMeans)
+        fault.give_up(str(error) or type(error).__name__)
     return fault
 
 

@@ -29,6 +29,8 @@ class Event:
         recovered_s: until the cluster was whole again; None if it was not in time.
         stall_s: longest gap in a stream that flows, of those that meet the first STALL_S after the injection.
         repair_stall_s: of those that come later, until the cluster was whole again.
+        skipped: why it was not injected.
+        lacks_means: because this machine has nothing to do it with.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Event:
     ended: float = 0.0
     cuts_clients: bool = False
     skipped: str = ""
+    lacks_means: bool = False
     noticed_s: float | None = None
     recovered_s: float | None = None
     stall_s: float = 0.0
@@ -50,20 +53,33 @@ class Event:
 
 @dataclass
 class Findings:
-    """A whole run."""
+    """A whole run; what it must have seen is in `chaos.criteria`.
+
+    Attributes:
+        failures: each begins with "failed: " or "wrong: ".
+        quiet_stall_s: longest gap in a stream that flows and met no fault.
+        first_token_s: `first_chunk_s` of the fault-free run.
+    """
 
     seed: int
     events: list[Event]
     num_requests: int
     failures: list[str] = field(default_factory=list)
     quiet_stall_s: float = 0.0
+    first_token_s: float = 0.0
 
     @property
-    def is_good(self) -> bool:
-        """Something was asked and injected, nothing failed or was wrong, the cluster became whole after every fault."""
-        done = [each for each in self.events if not each.skipped]
-        is_whole = all(each.recovered_s is not None for each in done)
-        return bool(done) and self.num_requests > 0 and not self.failures and is_whole
+    def injected(self) -> list[Event]:
+        return [each for each in self.events if not each.skipped]
+
+
+def first_chunk_s(outcomes: Iterable[Outcome]) -> float:
+    """Median seconds to the first chunk of the streams that flow; 0.0 without one.
+
+    Of the fault-free run it stands for the re-prefill of the same streams, which has the answer's tokens, too.
+    """
+    times = [outcome.times[0] - outcome.started for outcome in outcomes if outcome.ask.flows and outcome.times]
+    return median(times) if times else 0.0
 
 
 def attribute(
@@ -115,7 +131,7 @@ def rows(findings: Findings) -> list[tuple[str, ...]]:
     by_name: dict[str, list[Event]] = {}
     for event in findings.events:
         by_name.setdefault(event.name, []).append(event)
-    table = [COLUMNS]
+    table: list[tuple[str, ...]] = [COLUMNS]
     for name, events in sorted(by_name.items()):
         done = [each for each in events if not each.skipped]
         if not done:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import islice
 from typing import Any
 
@@ -14,13 +15,34 @@ from hypothesis import strategies as st
 
 @given(st.integers(0, 2**32))
 def test_the_same_seed_gives_the_same_faults_and_every_round_has_each_once(seed: int) -> None:
-    planned = list(islice(Schedule(seed), 2 * len(FAULTS)))
-    assert planned == list(islice(Schedule(seed), 2 * len(FAULTS)))
-    for round_ in (planned[: len(FAULTS)], planned[len(FAULTS) :]):
+    planned = list(islice(Schedule(seed).rounds(), 2))
+    assert planned == list(islice(Schedule(seed).rounds(), 2))
+    for round_ in planned:
         names = [each.name for each in round_]
         assert sorted(names) == sorted(FAULTS)
         assert names.index("more groups") < names.index("fewer groups")
         assert names.index("more shards") < names.index("fewer shards")
+
+
+def test_what_is_repeated_comes_as_often_as_wanted_right_after_the_first_round_which_it_does_not_change() -> None:
+    schedule = Schedule(5, repeats={"kill group": 3, "kill engine": 2})
+    first, again, *others = islice(schedule.rounds(), 4)
+    assert first == next(Schedule(5).rounds())
+    assert Counter(each.name for each in again) == {"kill group": 2, "kill engine": 1}
+    for other in others:
+        assert sorted(each.name for each in other) == sorted(FAULTS)
+    assert len({each.seed for each in first + again}) == len(FAULTS) + 3
+    assert (schedule.num_rounds, Schedule(5).num_rounds) == (2, 1)
+
+
+def test_the_rounds_of_a_schedule_are_complete_only_when_what_is_repeated_was_taken() -> None:
+    schedule = Schedule(5, ["kill group", "cut link"], repeats={"kill group": 3})
+    rounds, taken = Rounds(schedule), []
+    while rounds.completed < schedule.num_rounds:
+        planned = rounds.take(frozenset())
+        assert planned is not None
+        taken.append(planned.name)
+    assert Counter(taken) == {"kill group": 3, "cut link": 1}
 
 
 @given(st.integers(0, 2**32), st.lists(st.sampled_from(["", "groups", "shards", "ingresses"])))
