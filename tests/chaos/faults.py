@@ -26,6 +26,8 @@ SLOW_S, SLOW_SHARE = 8.0, 100
 FULL_S = 5.0
 DOWN_S = 7.0
 SCALE_S = 240.0
+TOLD_S = 10.0
+DETAILS = {"attention_shard": {"shard_pid", "engine_pid"}, "expert_group": {"experts"}}
 
 
 class CannotInject(Exception):
@@ -57,15 +59,23 @@ class Context:
     harmed: set[str] = field(default_factory=set)
 
     def one(self, role: str) -> dict[str, Any]:
-        found = [
-            each for each in self.watcher.processes(role)
-            if each["id"] not in self.harmed and all(is_running(each[key]) for key in PIDS if key in each)
-        ]  # fmt: skip
+        """A victim of which everything is known: a controller that has begun anew hears it with the next beat."""
+        if not (found := self._known(role)):
+            self.watcher.wait(lambda _: bool(self._known(role)), TOLD_S)
+            found = self._known(role)
         if not found:
             raise CannotInject(f"no {role} is ready")
         victim = self.rng.choice(found)
         self.harmed.add(victim["id"])
         return victim
+
+    def _known(self, role: str) -> list[dict[str, Any]]:
+        return [
+            each for each in self.watcher.processes(role)
+            if each["id"] not in self.harmed
+            and each.keys() >= DETAILS.get(role, set())
+            and all(is_running(each[key]) for key in PIDS if key in each)
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True)
