@@ -10,7 +10,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from email.message import Message
 from pathlib import Path
 from typing import Any, TypeVar
@@ -76,12 +76,12 @@ class ShardProcess:
 class Ingress:
     """An IngressServer on an event loop in a thread, called from the test's thread."""
 
-    def __init__(self, model: Path, limits: IngressConfig | None = None) -> None:
+    def __init__(self, model: Path, limits: IngressConfig | None = None, **settings: Any) -> None:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True, name="ingress").start()
         front = {"model": str(model), "model_name": MODEL, "engine_args": {}}
-        settings = IngressSettings("i0", front, http_port=0, grpc_port=0, limits=limits or IngressConfig())
-        self.server = IngressServer(settings)
+        limits = limits or IngressConfig()
+        self.server = IngressServer(IngressSettings("i0", front, http_port=0, grpc_port=0, limits=limits, **settings))
         self.call(self.server.start())
 
     def call(self, coroutine: Coroutine[Any, Any, T], timeout_s: float = 120) -> T:
@@ -105,15 +105,31 @@ class Ingress:
         return f"127.0.0.1:{self.server.grpc_port}"
 
     def post(
-        self, path: str, body: dict[str, Any] | bytes, timeout_s: float = 60
+        self, path: str, body: dict[str, Any] | bytes, timeout_s: float = 60, headers: Mapping[str, str] | None = None
     ) -> tuple[int, dict[str, Any], dict[str, str]]:
         """(status, JSON answer, headers), errors included."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        request = urllib.request.Request(self.http + path, data, {"content-type": "application/json"})
+        request = urllib.request.Request(
+            self.http + path, data, {"content-type": "application/json", **(headers or {})}
+        )
         return _open(request, timeout_s)
 
-    def get(self, path: str) -> tuple[int, dict[str, Any], dict[str, str]]:
-        return _open(urllib.request.Request(self.http + path), 10)
+    def status(self, body: dict[str, Any], headers: Mapping[str, str]) -> int:
+        """Of a chat, whose answer is read to its end, whole or streamed."""
+        data = json.dumps(body).encode()
+        request = urllib.request.Request(
+            self.http + "/v1/chat/completions", data, {"content-type": "application/json", **headers}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                answer.read()
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            error.read()
+            return error.code
+
+    def get(self, path: str, headers: Mapping[str, str] | None = None) -> tuple[int, dict[str, Any], dict[str, str]]:
+        return _open(urllib.request.Request(self.http + path, headers=dict(headers or {})), 10)
 
 
 def _open(request: urllib.request.Request, timeout_s: float) -> tuple[int, dict[str, Any], dict[str, str]]:

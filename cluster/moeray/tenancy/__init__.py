@@ -10,9 +10,10 @@ from moeray.tenancy.errors import (
     RosterError,
     Unauthenticated,
 )
-from moeray.tenancy.fair_share import FairClock, engine_priority
+from moeray.tenancy.fair_share import FairClock, engine_priority, split_priority
 from moeray.tenancy.guarded_quotas import GuardedQuotas
 from moeray.tenancy.local_quotas import LocalQuotas
+from moeray.tenancy.places import open_roster, open_usage, secret_path
 from moeray.tenancy.quotas import QuotaStore, Reservation
 from moeray.tenancy.redis_connection import connect, connect_async
 from moeray.tenancy.redis_quotas import RedisQuotas
@@ -66,7 +67,11 @@ __all__ = [
     "credential_of",
     "engine_priority",
     "load_secret",
+    "open_roster",
+    "open_usage",
     "read_stream",
     "read_usage",
+    "secret_path",
+    "split_priority",
     "summarise",
 ]

@@ -54,3 +54,8 @@ class FairClock:
 def engine_priority(priority_class: int, tag: int) -> int:
     """For vLLM's `priority`: classes first, tags inside them."""
     return (priority_class << TAG_BITS) + min(tag, (1 << TAG_BITS) - 1)
+
+
+def split_priority(priority: int) -> tuple[int, int]:
+    """(class, tag) of an `engine_priority`."""
+    return priority >> TAG_BITS, priority & ((1 << TAG_BITS) - 1)

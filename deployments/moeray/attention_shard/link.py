@@ -87,6 +87,9 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     reason: str
 
 
+MAX_BEGUN = 256
+
+
 class Load(msgspec.Struct, frozen=True, tag="load"):
     """What the ingress' admission must know of this shard; sent twice a second while the relay's loop runs.
 
@@ -95,6 +98,8 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
         others_tokens: most tokens (prompt and answer) that the requests of other ingresses will come to.
         num_running, num_waiting: as vLLM's scheduler last reported them.
         waits_s: how long a layer call of its engine has waited for experts that nobody has; 0 if none does.
+        begun: priorities of the requests, of any ingress, that got their first token since the last report; of very
+            many the latest MAX_BEGUN.
     """
 
     kv_tokens: int
@@ -102,6 +107,7 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     num_running: int
     num_waiting: int
     waits_s: float = 0.0
+    begun: list[int] = []
 
 
 class Draining(msgspec.Struct, frozen=True, tag="draining"):

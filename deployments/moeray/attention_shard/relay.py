@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator
 from time import monotonic
 from typing import Any, Protocol
@@ -53,6 +53,7 @@ class _Link:
         self.name = name
         self.request_ids: set[str] = set()
         self.queued_bytes = 0
+        self.begun: deque[int] = deque(maxlen=wire.MAX_BEGUN)
         self._frames: asyncio.Queue[bytes | LinkDropped] = asyncio.Queue()
         self._ended = False
 
@@ -109,6 +110,7 @@ class Relay:
         self._links: set[_Link] = set()
         self._owner: dict[str, _Link] = {}
         self._tokens: dict[str, int] = {}  # of the requests in `_owner`: prompt and answer, at most
+        self._not_begun: dict[str, int] = {}  # priority, until the first token
         self._tasks: set[asyncio.Task[None]] = set()
         self._dead: tuple[str, str] | None = None
         self._encoder = MsgpackEncoder()
@@ -147,8 +149,8 @@ class Relay:
         for link in self._links:
             link.put(wire.Failed(sorted(link.request_ids), code, reason))
             link.request_ids.clear()
-        self._owner.clear()
-        self._tokens.clear()
+        for known in (self._owner, self._tokens, self._not_begun):
+            known.clear()
 
     def close(self, details: str) -> None:
         """End every link once its queued frames are written."""
@@ -223,6 +225,7 @@ class Relay:
         else:
             self._owner[request_id] = link
             self._tokens[request_id] = _most_tokens(request)
+            self._not_begun[request_id] = request.priority
             link.request_ids.add(request_id)
             await self._engine.add_request_async(request)
 
@@ -231,6 +234,7 @@ class Relay:
         if self._owner.get(request_id) is not link:
             return False
         del self._owner[request_id], self._tokens[request_id]
+        self._not_begun.pop(request_id, None)
         link.request_ids.discard(request_id)
         return True
 
@@ -244,7 +248,9 @@ class Relay:
     def _load(self, link: _Link) -> wire.Load:
         own = sum(self._tokens[request_id] for request_id in link.request_ids)
         others = sum(self._tokens.values()) - own
-        return wire.Load(self.kv_tokens, others, self.num_running, self.num_waiting, self._waits_s())
+        begun = list(link.begun)
+        link.begun.clear()
+        return wire.Load(self.kv_tokens, others, self.num_running, self.num_waiting, self._waits_s(), begun)
 
     def _waits_s(self) -> float:
         return 0.0 if self._waiting_since is None else monotonic() - self._waiting_since
@@ -267,6 +273,9 @@ class Relay:
         by_link: defaultdict[_Link, list[EngineCoreOutput]] = defaultdict(list)
         for output in step.outputs:
             if (link := self._owner.get(output.request_id)) is not None:
+                if (priority := self._not_begun.pop(output.request_id, None)) is not None:
+                    for each in self._links:
+                        each.begun.append(priority)
                 by_link[link].append(output)
                 if output.finish_reason is not None:
                     self._release(output.request_id, link)

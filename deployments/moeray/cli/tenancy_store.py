@@ -1,46 +1,46 @@
-"""Where a cluster's tenants and usage records are, for the commands and for the ingress."""
+"""Where a cluster's tenants and usage records are, for the commands."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-
-from redis import Redis
+from typing import Any
 
 from moeray.cli import state_file
 from moeray.config import ClusterConfig
 from moeray.controller.store import PASSWORD_VARIABLE
-from moeray.tenancy import RosterFile, RosterRedis, RosterStore, connect, read_stream, read_usage
+from moeray.tenancy import RosterStore, connect, open_roster, read_stream, read_usage
 
 TIMEOUT_S = 10.0
 """A person waits: longer than an ingress does."""
 
 
-def open_roster(config: ClusterConfig) -> RosterStore:
-    """`tenants.file`; else Redis if there is one; else the state directory's file. Reaches nothing yet."""
-    if config.tenants.file:
-        return RosterFile(Path(config.tenants.file).expanduser())
-    if config.redis.url:
-        return RosterRedis(redis_client(config))
-    return RosterFile(state_file.state_dir() / "tenants.yaml")
+def placed(config: ClusterConfig) -> ClusterConfig:
+    """With the absolute path of everything that tenancy keeps in files: what is not set is in the state directory."""
+    tenants, state = config.tenants, state_file.state_dir()
+    defaults = {"secret_file": state / "secret", "usage_dir": state / "usage"}
+    if not config.redis.url:
+        defaults["file"] = state / "tenants.yaml"
+    paths = {name: getattr(tenants, name) or str(defaults.get(name, "")) for name in (*defaults, "file", "jwks_file")}
+    absolute: dict[str, Any] = {name: str(Path(path).expanduser().absolute()) for name, path in paths.items() if path}
+    return replace(config, tenants=replace(tenants, **absolute))
 
 
-def usage_folder(config: ClusterConfig) -> Path:
-    return Path(config.tenants.usage_dir).expanduser() if config.tenants.usage_dir else state_file.state_dir() / "usage"
+def roster_of(config: ClusterConfig) -> RosterStore:
+    """The tenants of a `placed` configuration. Reaches nothing yet."""
+    return open_roster(config, os.environ.get(PASSWORD_VARIABLE), timeout_s=TIMEOUT_S)
 
 
 def usage_lines(config: ClusterConfig, since: float) -> Iterator[bytes | str]:
-    """Records from `since` (seconds since 1970) on, and some before it.
+    """Records of a `placed` configuration from `since` (seconds since 1970) on, and some before it.
 
     Raises:
         OSError: they cannot be read.
     """
     if config.tenants.usage == "redis":
-        yield from read_stream(redis_client(config), since=since)
+        password = os.environ.get(PASSWORD_VARIABLE)
+        yield from read_stream(connect(config.redis.url, password, timeout_s=TIMEOUT_S), since=since)
     else:
-        yield from read_usage(usage_folder(config), since=since)
-
-
-def redis_client(config: ClusterConfig) -> Redis:
-    return connect(config.redis.url, os.environ.get(PASSWORD_VARIABLE), timeout_s=TIMEOUT_S)
+        yield from read_usage(Path(config.tenants.usage_dir), since=since)

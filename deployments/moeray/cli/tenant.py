@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 
 from moeray.cli.errors import CommandError
-from moeray.cli.tenancy_store import open_roster
+from moeray.cli.tenancy_store import placed, roster_of
 from moeray.cli.tenant_arguments import changes_of
 from moeray.config import load_config
 from moeray.tenancy import RegistryUnavailable, Roster, RosterFile, RosterStore, Tenant
@@ -25,7 +25,7 @@ def tenant(options: argparse.Namespace) -> int:
         ConfigError: the cluster's configuration, a tenant or a value is wrong (2).
         CommandError: the place of the tenants does not answer (1).
     """
-    store = open_roster(load_config(options.file))
+    store = roster_of(placed(load_config(options.file)))
     try:
         if options.verb in ("list", "show"):
             _print(_wanted(store, options), as_json=options.json, one=options.verb == "show")

@@ -20,6 +20,7 @@ from moeray.cli.down import remove_application
 from moeray.cli.errors import CommandError
 from moeray.cli.preflight import preflight
 from moeray.cli.progress import wait_until_ready
+from moeray.cli.tenancy_store import placed
 from moeray.config import ClusterConfig, load_config
 
 OBJECT_STORE_BYTES = 100 * 2**20  # nothing of ours goes through Ray's object store
@@ -28,7 +29,7 @@ ALREADY_RUNNING = "a cluster is running already (supervisor pid {pid}, {http}); 
 
 def up(file: Path | None, *, detach: bool, timeout_s: float, supervise: bool = False) -> int:
     """See module docstring. `supervise` is the background half of `--detach`: what it prints goes to the log file."""
-    config = load_config(file)
+    config = placed(load_config(file))
     if not supervise:
         _refuse_second()
         preflight(config)

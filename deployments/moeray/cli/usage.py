@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from moeray.cli.errors import CommandError
-from moeray.cli.tenancy_store import usage_lines
+from moeray.cli.tenancy_store import placed, usage_lines
 from moeray.config import load_config
 from moeray.tenancy import By, UsageReport, summarise
 
@@ -26,7 +26,7 @@ def usage(file: Path | None, *, by: By, since: float | None, until: float | None
     if first >= last:
         raise CommandError("--since is not before --until", status=2)
     try:
-        report = summarise(usage_lines(load_config(file), first), by, since=first, until=last)
+        report = summarise(usage_lines(placed(load_config(file)), first), by, since=first, until=last)
     except OSError as error:
         raise CommandError(f"usage records cannot be read: {error}") from error
     if as_json:

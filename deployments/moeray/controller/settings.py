@@ -60,14 +60,8 @@ def controller_settings(config: ClusterConfig, shape: ModelShape | ServedModel) 
     """What the controller must know of model and topology.
 
     Raises:
-        ConfigError: more expert groups than experts, copies that the groups or the slots cannot hold, or what this
-            version cannot keep.
+        ConfigError: more expert groups than experts, or copies that the groups or the slots cannot hold.
     """
-    if config.tenants.needs_credential:
-        raise ConfigError(
-            "tenants.auth: the ingress of this version checks no credential yet, so `required` would protect nothing; "
-            "keep the ports on loopback, or behind something that checks, and write `off`"
-        )
     experts, num_groups = config.experts, config.num_remote_groups
     if num_groups > shape.num_experts:
         raise ConfigError(

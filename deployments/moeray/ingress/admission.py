@@ -154,7 +154,10 @@ class _Admitted:
     def max_unread_s(self) -> float:
         return self._admission.max_unread_s
 
-    def leave(self) -> None:
+    async def begin(self) -> None:
+        """There is nothing to wait for."""
+
+    def leave(self, error: BaseException | None = None) -> None:
         self._admission.left(self)
 
 

@@ -53,16 +53,21 @@ class BadCertificate(IngressError):
 
 
 async def abort(
-    context: grpc.aio.ServicerContext[Any, Any], error: Mapping[str, Any], retry_after_s: int = 1
+    context: grpc.aio.ServicerContext[Any, Any], error: Mapping[str, Any], retry_after_s: int | None = 1
 ) -> NoReturn:
-    """End a call with an OpenAI error object: `{"message", "type", "param", "code"}`, code being the HTTP status."""
+    """End a call with an OpenAI error object: `{"message", "type", "param", "code"}`, code being the HTTP status.
+
+    Args:
+        retry_after_s: when another try is worth it, told with codes that mean so; None if never.
+    """
     code = _BY_HTTP.get(int(error.get("code") or 500), grpc.StatusCode.INTERNAL)
     message = str(error.get("message", ""))[:MAX_MESSAGE_CHARS]
     details: list[Message] = []
-    if code is grpc.StatusCode.INVALID_ARGUMENT or (error.get("param") and code is grpc.StatusCode.NOT_FOUND):
+    names_field = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.PERMISSION_DENIED)
+    if code is grpc.StatusCode.INVALID_ARGUMENT or (error.get("param") and code in names_field):
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.get("param") or "", description=message)
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED):
+    if retry_after_s is not None and code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED):
         details.append(error_details_pb2.RetryInfo(retry_delay=Duration(seconds=retry_after_s)))
     status = status_pb2.Status(code=code_pb2.Code.Value(code.name), message=message)
     for detail in details:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import grpc
@@ -33,17 +34,24 @@ _OPTIONS = (
 
 
 async def start_grpc(
-    openai: OpenAIApp, host: str, port: int, *, shared: bool = False, certificates: Certificates | None = None
+    openai: OpenAIApp,
+    host: str,
+    port: int,
+    *,
+    shared: bool = False,
+    certificates: Certificates | None = None,
+    doors: Sequence[grpc.aio.ServerInterceptor] = (),
 ) -> tuple[grpc.aio.Server, int, health.aio.HealthServicer]:
     """Serve; NOT_SERVING until `keep_health` says otherwise.
 
     Args:
         shared: see `ports.bind`. Without it a second server on the port is an error, not a coin toss.
         certificates: TLS with these; None serves h2c.
+        doors: what every call passes first.
     Raises:
         PortInUse: ingress.grpc_port.
     """
-    server = grpc.aio.server(options=(*_OPTIONS, ("grpc.so_reuseport", int(shared))))
+    server = grpc.aio.server(interceptors=doors, options=(*_OPTIONS, ("grpc.so_reuseport", int(shared))))
     add_InferenceServicer_to_server(InferenceService(openai), server)
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)

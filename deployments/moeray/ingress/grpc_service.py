@@ -19,8 +19,8 @@ from moeray.ingress.convert import fill, to_json
 from moeray.ingress.errors import abort
 from moeray.v1 import inference_pb2 as pb
 from moeray.v1.inference_pb2_grpc import InferenceServicer
-from moeray.vllm_hooks.admission import Overloaded
-from moeray.vllm_hooks.engine_core import ShardUnavailable
+from moeray.vllm_hooks.admission import Refused
+from moeray.vllm_hooks.openai_app import refusal
 
 if TYPE_CHECKING:
     from moeray.vllm_hooks.openai_app import OpenAIApp
@@ -107,8 +107,9 @@ async def _events(chunks: AsyncIterator[str], context: Context) -> AsyncIterator
 async def _abort_with(context: Context, error: Exception) -> None:
     if isinstance(error, grpc.aio.AbortError):
         raise error
-    retry_after_s = error.retry_after_s if isinstance(error, ShardUnavailable | Overloaded) else 1
-    await abort(context, create_error_response(error).error.model_dump(), retry_after_s)
+    if isinstance(error, Refused):
+        await abort(context, refusal(error)["error"], error.retry_after_s)
+    await abort(context, create_error_response(error).error.model_dump())
 
 
 def _explain(error: ValidationError) -> dict[str, Any]:

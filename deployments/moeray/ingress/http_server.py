@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -39,15 +39,20 @@ class _Server(uvicorn.Server):
 
 
 async def start_http(
-    app: FastAPI, listener: socket.socket, certificates: Certificates | None = None
+    app: FastAPI,
+    listener: socket.socket,
+    certificates: Certificates | None = None,
+    door: Callable[[Any], Any] | None = None,
 ) -> tuple[uvicorn.Server, asyncio.Task[None]]:
     """Serve until `should_exit` is set; returns once connections are accepted.
 
     Args:
         certificates: HTTPS with these; None serves HTTP.
+        door: puts an ASGI application in front of `app`.
     """
+    served = app if door is None else door(app)
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_keep_alive=5, lifespan="on", http=HttpProtocol,
+        served, log_level="warning", access_log=False, timeout_keep_alive=5, lifespan="on", http=HttpProtocol,
         ssl_context_factory=None if certificates is None else (lambda *_: certificates.for_http()),
     )  # fmt: skip
     server = _Server(config)

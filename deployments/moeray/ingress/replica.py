@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from moeray.config import ClusterConfig
@@ -13,6 +15,8 @@ from moeray.controller.settings import ControllerSettings
 from moeray.deepseek_v4.source import locate
 from moeray.health import guard
 from moeray.ingress.server import IngressServer, IngressSettings
+from moeray.ingress.tenants.opening import open_tenants
+from moeray.ingress.tenants.tenants import Tenants
 from moeray.membership import Role, View
 from moeray.vllm_hooks.served_model import describe_model, experts_in
 
@@ -41,6 +45,7 @@ class Ingress:
                 stall_s=config.experts.wait_s,
                 limits=ingress,
                 tls=ingress.tls,
+                tenants=_tenants_of(config, settings.model, f"ingress-{index}"),
                 front={
                     "model": str(directory),
                     "model_name": settings.model,
@@ -88,6 +93,11 @@ class Ingress:
     async def _on_view(self, view: View) -> None:
         self._server.hold(_why_not(view))
         await self._server.set_shards(view.shards)
+
+
+def _tenants_of(config: ClusterConfig, model: str, ingress: str) -> Callable[[], Awaitable[Tenants]] | None:
+    """What opens the tenants; None where nobody is asked who he is."""
+    return partial(open_tenants, config, model, ingress) if config.tenants.needs_credential else None
 
 
 def _why_not(view: View) -> str:

@@ -7,6 +7,7 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
     from moeray.ingress.certificates import Certificates
     from moeray.ingress.shard_pool import ShardPool
+    from moeray.ingress.tenants.tenants import Tenants
+    from moeray.vllm_hooks.engine_core import RequestPool
     from moeray.vllm_hooks.front import Front
 
 logger = logging.getLogger(__name__)
@@ -39,6 +42,7 @@ class IngressSettings:
         stall_s: a request that waited for experts as long when its shard is lost, fails (`experts.wait_s`).
         limits: the bounds of what is admitted, and of batches, are read from it, nothing else.
         tls: of both ports.
+        tenants: opens those whose requests alone are served; None serves everybody.
     """
 
     name: str
@@ -51,6 +55,7 @@ class IngressSettings:
     stall_s: float = ExpertsConfig.wait_s
     limits: IngressConfig = field(default_factory=IngressConfig)
     tls: TlsConfig = field(default_factory=TlsConfig)
+    tenants: Callable[[], Awaitable[Tenants]] | None = None
 
 
 class IngressServer:
@@ -67,6 +72,9 @@ class IngressServer:
         self._health_task: asyncio.Task[None] | None = None
         self._certificates: Certificates | None = None
         self._batches_task: asyncio.Task[None] | None = None
+        self._tenants: Tenants | None = None
+        self._tenants_task: asyncio.Task[None] | None = None
+        self._unknown_tenants = ""
 
     async def start(self, before_serving: Callable[[], Awaitable[None]] | None = None) -> None:
         """Bind both ports, build the front, serve. Ready when it returns; without a shard, requests get 503.
@@ -76,12 +84,15 @@ class IngressServer:
         Raises:
             PortInUse: names the port and its configuration key.
             BadCertificate: names the file and its configuration key.
+            ConfigError, RegistryUnavailable: the tenants cannot be read.
         """
         settings = self.settings
         if settings.tls.is_on:
             from moeray.ingress.certificates import Certificates
 
             self._certificates = Certificates(settings.tls)
+        if settings.tenants is not None:
+            self._tenants = await settings.tenants()
         # First of all: a taken port must not cost the seconds that the front takes.
         http_socket = bind(settings.host, settings.http_port, "ingress.http_port", shared=settings.shares_ports)
         grpc_socket = bind(settings.host, settings.grpc_port, "ingress.grpc_port", shared=settings.shares_ports)
@@ -111,7 +122,7 @@ class IngressServer:
     def hold(self, reason: str) -> None:
         """Refuse new requests (503) with this reason, whatever the shards say; an empty one ends it."""
         assert self._pool is not None, "start() first"
-        self._pool.hold(reason)
+        self._pool.hold(self._unknown_tenants or reason)
 
     def describe(self) -> dict[str, Any]:
         """Ports, the pool's view of each shard, and what is admitted."""
@@ -126,7 +137,7 @@ class IngressServer:
 
     async def stop(self, grace_s: float = 5.0) -> None:
         """Refuse new connections, let streams end for `grace_s`, then cut them; idempotent."""
-        for task in (self._health_task, self._batches_task):
+        for task in (self._health_task, self._batches_task, self._tenants_task):
             if task is not None:
                 task.cancel()
         ends = []
@@ -144,9 +155,11 @@ class IngressServer:
         await asyncio.gather(*ends)
         if self._front is not None:
             self._front.llm.shutdown()
+        if self._tenants is not None:
+            await self._tenants.close()
         self._http = self._http_task = self._grpc = self._pool = self._front = self._health_task = (
             self._batches_task
-        ) = None
+        ) = self._tenants = self._tenants_task = None
 
     async def _start_front(self) -> None:
         from moeray.attention_shard import link as wire
@@ -160,20 +173,45 @@ class IngressServer:
             vllm, model = handshake(vllm_config)
             hello = wire.Hello(wire.PROTOCOL_VERSION, vllm, model, f"ingress {self.settings.name}")
             self._pool = ShardPool(
-                hello, self.settings.limits, silence_s=self.settings.silence_s, stall_s=self.settings.stall_s
-            )
+                hello, self.settings.limits, silence_s=self.settings.silence_s, stall_s=self.settings.stall_s,
+                on_begun=self._tenants.begun if self._tenants is not None else None,
+            )  # fmt: skip
+            pool: RequestPool = self._pool
+            if self._tenants is not None:
+                from moeray.ingress.tenants.tenant_pool import TenantPool
+
+                pool = TenantPool(pool, self._tenants)
             dialect = front_dialect(self.settings.front, engine_args)
-            self._front = await build_front(self._pool, engine_args, vllm_config, dialect=dialect)
+            self._front = await build_front(pool, engine_args, vllm_config, dialect=dialect)
+        if self._tenants is not None:
+            from moeray.ingress.tenants.model_list import show_only_own
+
+            show_only_own(self._front.openai.models)
+            self._tenants_task = asyncio.create_task(self._tenants.run(), name="tenants")
+            self._tenants_task.add_done_callback(self._tenants_unknown)
+
+    def _tenants_unknown(self, task: asyncio.Task[None]) -> None:
+        """Who may ask is not known any more: nobody may."""
+        if not task.cancelled():
+            logger.critical("the tenants cannot be kept up to date", exc_info=task.exception())
+            self._unknown_tenants = "this ingress cannot tell any more who may ask"
+            self.hold(self._unknown_tenants)
 
     async def _start_http(self, listener: socket.socket) -> None:
         from moeray.ingress.http_server import add_health, start_http
 
         assert self._front is not None and self._pool is not None
-        add_health(self._front.openai.app, self._pool)
+        app = self._front.openai.app
+        add_health(app, self._pool)
         if self.settings.limits.batches.directory:
-            self._batches_task = self._start_batches(self._front.openai.app)
+            self._batches_task = self._start_batches(app)
+        door: Callable[[Any], Any] | None = None
+        if self._tenants is not None:
+            from moeray.ingress.tenants.http_door import HttpDoor
+
+            door = partial(HttpDoor, tenants=self._tenants)
         self.http_port = listener.getsockname()[1]
-        self._http, self._http_task = await start_http(self._front.openai.app, listener, self._certificates)
+        self._http, self._http_task = await start_http(app, listener, self._certificates, door)
 
     def _start_batches(self, app: FastAPI) -> asyncio.Task[None]:
         """Serve the batch API and run what is there already."""
@@ -183,7 +221,10 @@ class IngressServer:
 
         limits = self.settings.limits.batches
         store = BatchStore(Path(limits.directory).expanduser())
-        runner = BatchRunner(store, asks(app), limits)
+        as_owner = (
+            None if (tenants := self._tenants) is None else lambda owner: tenants.call_of(owner, "batch").handled()
+        )
+        runner = BatchRunner(store, asks(app, as_owner), limits)
         app.include_router(batch_routes(store, limits, runner.wake))
         return asyncio.create_task(runner.run(), name="batches")
 
@@ -193,7 +234,13 @@ class IngressServer:
         assert self._front is not None and self._pool is not None
         host, port = reserved.getsockname()[:2]
         reserved.close()
+        doors = []
+        if self._tenants is not None:
+            from moeray.ingress.tenants.grpc_door import GrpcDoor
+
+            doors.append(GrpcDoor(self._tenants))
         self._grpc, self.grpc_port, health = await start_grpc(
-            self._front.openai, host, port, shared=self.settings.shares_ports, certificates=self._certificates
-        )
+            self._front.openai, host, port, shared=self.settings.shares_ports, certificates=self._certificates,
+            doors=doors,
+        )  # fmt: skip
         self._health_task = asyncio.create_task(keep_health(health, self._pool))

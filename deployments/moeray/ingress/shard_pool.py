@@ -27,7 +27,7 @@ from moeray.vllm_hooks.admission import Need, Place
 from moeray.vllm_hooks.engine_core import NoShardReady, RequestFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ class ShardPool:
         wait_s: how long a request waits for a shard; None is WAIT_S, or `limits.max_wait_s` if that is shorter.
         silence_s: a shard that says nothing for so long is lost.
         stall_s: `experts.wait_s`; a request that waited for experts as long when its shard is lost, fails.
+        on_begun: told the priorities of requests, of any ingress, that got their first token.
 
     Attributes:
         in_flight: request id -> InFlight, for every request that has not ended.
@@ -60,6 +61,7 @@ class ShardPool:
         wait_s: float | None = None,
         silence_s: float = SILENCE_S,
         stall_s: float = ExpertsConfig.wait_s,
+        on_begun: Callable[[list[int]], None] | None = None,
     ) -> None:
         limits = limits or IngressConfig()
         self.admission = Admission(limits)
@@ -68,6 +70,7 @@ class ShardPool:
         self._hello = hello
         self._waiting = Waiting(min(WAIT_S, limits.max_wait_s) if wait_s is None else wait_s, self._give_up)
         self._silence_s, self._stall_s = silence_s, stall_s
+        self._on_begun = on_begun
         self._last_ready = -inf  # when a shard came or went; of use only while none is ready
         self._held = ""
         self._links: dict[str, ShardLink] = {}
@@ -180,6 +183,8 @@ class ShardPool:
                 await asyncio.sleep(0.005)
         elif isinstance(frame, wire.Load):
             self.admission.report(link.shard, frame)
+            if self._on_begun is not None and frame.begun:
+                self._on_begun(frame.begun)
             if frame.waits_s:
                 self._waiting_since[link.shard] = asyncio.get_running_loop().time() - frame.waits_s
             else:

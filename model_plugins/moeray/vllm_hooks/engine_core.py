@@ -24,19 +24,14 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.output_processor import OutputProcessor
 
-from moeray.vllm_hooks.admission import Need, Place, keep_place, need_of
+from moeray.vllm_hooks.admission import Need, Place, Refused, keep_place, need_of, with_salt
 
 
-class ShardUnavailable(GracefulHTTPError):
-    """No shard could carry this request (on): HTTP 503, gRPC UNAVAILABLE; a later try may succeed.
-
-    Attributes:
-        retry_after_s: when another try is worth it.
-    """
+class ShardUnavailable(Refused):
+    """No shard could carry this request (on): HTTP 503, gRPC UNAVAILABLE; a later try may succeed."""
 
     def __init__(self, message: str, retry_after_s: int = 1) -> None:
-        super().__init__(message, HTTPStatus.SERVICE_UNAVAILABLE)
-        self.retry_after_s = retry_after_s
+        super().__init__(message, HTTPStatus.SERVICE_UNAVAILABLE, retry_after_s=retry_after_s)
 
 
 class NoShardReady(ShardUnavailable):
@@ -155,7 +150,8 @@ class FrontLLM(AsyncLLM):
         self, prompt: Any, sampling_params: Any, request_id: str, *, priority: int = 0, **more: Any
     ) -> AsyncGenerator[Any, None]:
         place = self.engine_core.pool.admit(need_of(request_id, prompt, sampling_params, priority))
-        return keep_place(place, super().generate(prompt, sampling_params, request_id, priority=priority, **more))
+        need, prompt = place.need, with_salt(prompt, place.need.cache_salt)
+        return keep_place(place, super().generate(prompt, sampling_params, request_id, priority=need.priority, **more))
 
 
 @contextlib.contextmanager

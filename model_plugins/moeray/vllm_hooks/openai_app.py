@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from moeray.vllm_hooks.admission import Overloaded
-from moeray.vllm_hooks.engine_core import FrontLLM, ShardUnavailable
+from moeray.vllm_hooks.admission import Refused, begun
+from moeray.vllm_hooks.engine_core import FrontLLM
 from moeray.vllm_hooks.request_check import check_request
 
 if TYPE_CHECKING:
@@ -73,8 +73,7 @@ async def build_openai_app(front: FrontLLM, engine_args: AsyncEngineArgs, *, dia
     arguments = _serve_arguments(engine_args, dialect)
     app = build_app(arguments, TASKS, front.model_config)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in SERVED_PATHS]
-    for error in (ShardUnavailable, Overloaded):
-        app.exception_handler(error)(_try_later)
+    app.exception_handler(Refused)(_refuse)
     app.middleware_stack = None  # vLLM's bootstrap has built it already, without our handler
     # /v1/models shows it as `root`: a path of ours is nobody's business.
     arguments.model = (arguments.served_model_name or [arguments.model])[0]
@@ -84,7 +83,12 @@ async def build_openai_app(front: FrontLLM, engine_args: AsyncEngineArgs, *, dia
         (state.openai_serving_chat, "create_chat_completion"),
         (state.openai_serving_completion, "create_completion"),
     ):
-        setattr(handler, method, _checked(getattr(handler, method), dialect.roles))
+        setattr(handler, method, begun(_checked(getattr(handler, method), dialect.roles)))
+    for handler, method in (
+        (state.openai_serving_responses, "create_responses"),
+        (state.anthropic_serving_messages, "create_messages"),
+    ):
+        setattr(handler, method, begun(getattr(handler, method)))
     return OpenAIApp(app, state.openai_serving_chat, state.openai_serving_completion, state.openai_serving_models)
 
 
@@ -116,10 +120,18 @@ def _checked(create: Callable[..., Awaitable[Any]], roles: tuple[str, ...] | Non
     return create_checked
 
 
-async def _try_later(_: Request, error: ShardUnavailable | Overloaded) -> Any:
+async def _refuse(_: Request, error: Refused) -> Any:
     from fastapi.responses import JSONResponse
+
+    body = refusal(error)
+    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    return JSONResponse(body, status_code=error.http_status, headers=headers)
+
+
+def refusal(error: Refused) -> dict[str, Any]:
+    """The body of the answer, in OpenAI's form."""
     from vllm.entrypoints.serve import create_error_response
 
     body = create_error_response(error)
-    headers = {"Retry-After": str(error.retry_after_s)}
-    return JSONResponse(body.model_dump(), status_code=body.error.code, headers=headers)
+    body.error.param = error.parameter
+    return body.model_dump()

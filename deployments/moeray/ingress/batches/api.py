@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import httpx
@@ -19,6 +19,8 @@ from moeray.ingress.batches.objects import WINDOW_S, Batch
 from moeray.ingress.batches.requests import ENDPOINTS
 from moeray.ingress.batches.runner import Answer, Ask
 from moeray.ingress.batches.store import BatchStore, NotStored, TooLarge, new_batch_id
+from moeray.vllm_hooks.admission import Refused
+from moeray.vllm_hooks.openai_app import refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -128,14 +130,24 @@ def owner_of(request: Request) -> str:
     return str(getattr(request.state, OWNER, ""))
 
 
-def asks(app: FastAPI) -> Ask:
-    """Requests to this application without a socket, as from a client of that tenant."""
+def asks(app: FastAPI, as_owner: Callable[[str], AbstractContextManager[None]] | None = None) -> Ask:
+    """Requests to this application without a socket, as from a client of that tenant.
+
+    Args:
+        as_owner: what is done inside is that tenant's; Refused when there is no such tenant any more.
+    """
 
     async def ask(url: str, body: dict[str, Any], owner: str) -> Answer:
-        async def as_owner(scope: Any, receive: Any, send: Any) -> None:
-            await app({**scope, "state": {OWNER: owner}}, receive, send)
+        try:
+            owned = nullcontext() if as_owner is None else as_owner(owner)
+        except Refused as error:
+            return Answer(int(error.http_status), refusal(error))
 
-        transport = httpx.ASGITransport(as_owner, raise_app_exceptions=False)
+        async def own_app(scope: Any, receive: Any, send: Any) -> None:
+            with owned:
+                await app({**scope, "state": {OWNER: owner}}, receive, send)
+
+        transport = httpx.ASGITransport(own_app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://batch") as client:
             answer = await client.post(url, content=msgspec.json.encode(body), headers=_JSON, timeout=None)
         try:
