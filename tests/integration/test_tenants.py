@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def known(guarded: Ingress, tenants: Tenants) -> Callable[..., dict[str, str]]:
 
 
 def ask(ingress: Ingress, headers: dict[str, str], **changes: Any) -> tuple[int, dict[str, Any], dict[str, str]]:
-    return ingress.post(CHAT, chat(ignore_eos=True, **changes), headers=headers)
+    return ingress.post(CHAT, chat(**({"ignore_eos": True} | changes)), headers=headers)
 
 
 def over_grpc(ingress: Ingress, headers: dict[str, str], **changes: Any) -> pb.ChatResponse | grpc.RpcError:
@@ -96,7 +96,10 @@ def test_grpc_serves_nobody_either(guarded: Ingress, tenants: Tenants) -> None:
 def test_every_token_is_on_its_tenants_record(guarded: Ingress, tenants: Tenants, known: Any) -> None:
     headers = known("counted")
     whole = ask(guarded, headers, n=2, max_tokens=9)[1]["usage"]
-    stream = _streamed(guarded, headers, chat(ignore_eos=True, max_tokens=7))
+    with _stream(guarded, headers, max_tokens=7, stream_options={"include_usage": True}) as events:
+        stream = json.loads([line for line in events if line.startswith(b"data: {")][-1].removeprefix(b"data: "))[
+            "usage"
+        ]
     answer = over_grpc(guarded, headers, max_tokens=5)
     assert isinstance(answer, pb.ChatResponse)
     completion = {"model": MODEL, "prompt": ["one", "two three"], "max_tokens": 4, "ignore_eos": True}
@@ -104,9 +107,7 @@ def test_every_token_is_on_its_tenants_record(guarded: Ingress, tenants: Tenants
 
     until(lambda: len(tenants.records("counted")) == 4)
     records = tenants.records("counted")
-    told = [
-        (each["prompt_tokens"], each["completion_tokens"]) for each in (whole, stream, both)
-    ]  # fmt: skip
+    told = [(each["prompt_tokens"], each["completion_tokens"]) for each in (whole, stream, both)]
     told.insert(2, (answer.usage.prompt_tokens, answer.usage.completion_tokens))
     assert [(each.prompt_tokens, each.completion_tokens) for each in records] == told
     assert [each.completion_tokens for each in records] == [18, 7, 5, 8]
@@ -119,11 +120,7 @@ def test_every_token_is_on_its_tenants_record(guarded: Ingress, tenants: Tenants
 
 def test_a_client_that_goes_away_pays_for_what_it_got(guarded: Ingress, tenants: Tenants, known: Any) -> None:
     headers = known("leaver")
-    request = urllib.request.Request(
-        guarded.http + CHAT, json.dumps(chat(max_tokens=600, ignore_eos=True, stream=True)).encode(),
-        {"content-type": "application/json", **headers},
-    )  # fmt: skip
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    with _stream(guarded, headers, max_tokens=600) as answer:
         for _ in range(20):
             answer.readline()
     until(lambda: len(tenants.records("leaver")) == 1)
@@ -187,9 +184,10 @@ def test_what_a_tenant_may_never_have_is_forbidden_by_name(guarded: Ingress, kno
 
 def test_one_request_at_a_time(guarded: Ingress, known: Any) -> None:
     headers = known("single", concurrent_requests=1)
-    with ThreadPoolExecutor(4) as threads:
-        answers = list(threads.map(lambda _: ask(guarded, headers, max_tokens=60)[0], range(4)))
-    assert sorted(answers) == [200, 429, 429, 429]
+    with _stream(guarded, headers, max_tokens=600) as answer:
+        answer.readline()
+        status, body, _ = ask(guarded, headers)
+        assert status == 429 and "concurrent_requests" in body["error"]["message"]
     until(lambda: ask(guarded, headers, max_tokens=1)[0] == 200)
 
 
@@ -217,16 +215,12 @@ def test_a_request_that_the_cluster_failed_costs_nothing(
     assert ask(guarded, headers)[2]["x-ratelimit-remaining-requests"] == "4"
 
 
-def _streamed(ingress: Ingress, headers: dict[str, str], body: dict[str, Any]) -> dict[str, int]:
-    """The usage that the stream ends with."""
-    body = body | {"stream": True, "stream_options": {"include_usage": True}}
-    request = urllib.request.Request(
-        ingress.http + CHAT, json.dumps(body).encode(), {"content-type": "application/json", **headers}
-    )
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        events = [line.removeprefix(b"data: ") for line in answer if line.startswith(b"data: {")]
-    usage: dict[str, int] = json.loads(events[-1])["usage"]
-    return usage
+def _stream(ingress: Ingress, headers: dict[str, str], **changes: Any) -> http.client.HTTPResponse:
+    """The open answer of a streamed chat."""
+    body = json.dumps(chat(stream=True, ignore_eos=True, **changes)).encode()
+    request = urllib.request.Request(ingress.http + CHAT, body, {"content-type": "application/json", **headers})
+    answer: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=60)
+    return answer
 
 
 def _detail(error: grpc.RpcError, kind: Any) -> Any:

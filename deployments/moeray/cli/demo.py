@@ -34,6 +34,12 @@ def demo(file: Path | None) -> int:
 
 
 def _demo(config: ClusterConfig, file: Path | None) -> int:
+    if config.tenants.needs_credential or config.ingress.tls.is_on:
+        raise CommandError(
+            f"{file}: the demo asks without a key and without TLS; use `moeray up -f {file}` and `moeray chat` "
+            "with MOERAY_API_KEY, --ca-file",
+            status=2,
+        )
     preflight(config)
     print("starting 1 ingress, 2 attention shards, 2 expert groups on embedded Ray (loopback only; no TLS, no API keys)"
           if file is None else f"starting the cluster of {file}", flush=True)  # fmt: skip

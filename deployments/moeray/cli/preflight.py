@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import socket
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from typing import Any
 import psutil
 
 from moeray.cli.errors import CommandError
+from moeray.cli.tenancy_store import roster_of
 from moeray.config import ClusterConfig, ConfigError
 from moeray.controller.settings import controller_settings
 from moeray.deepseek_v4.checkpoint import Checkpoint
 from moeray.deepseek_v4.errors import CheckpointError
 from moeray.deepseek_v4.inspection import value_bytes
 from moeray.deepseek_v4.source import locate
+from moeray.tenancy import Identities, RegistryUnavailable
 from moeray.vllm_hooks.served_model import ExpertsIn, describe_model, experts_in, has_tokenizer
 
 # Resident memory of one process of each role before any weight, measured with `moeray status` on the bundled model.
@@ -40,6 +43,7 @@ def preflight(config: ClusterConfig) -> None:
     _check_engine_args(config, place)
     if os.environ.get("RAY_ADDRESS"):
         return  # ports and memory are those of other nodes
+    _check_tenants(config)
     _check_ports(config)
     _check_memory(config, model.directory, checkpoint)
 
@@ -56,6 +60,17 @@ def _check_engine_args(config: ClusterConfig, place: ExpertsIn) -> None:
         from moeray.vllm_hooks.engine_args import check_engine_args  # imports vLLM: seconds, spent only where needed
 
         check_engine_args(config.attention.engine_args, place)
+
+
+def _check_tenants(config: ClusterConfig) -> None:
+    if not config.tenants.needs_credential:
+        return
+    try:
+        tenants = roster_of(config).read().tenants
+    except RegistryUnavailable as error:
+        raise CommandError(f"{error}; `moeray tenant create NAME` makes the first tenant with a key") from error
+    if not any(tenant.keys or tenant.identities != Identities() for tenant in tenants.values()):
+        print("warning: no tenant can ask yet: `moeray tenant create NAME` makes one with a key", file=sys.stderr)
 
 
 def _check_ports(config: ClusterConfig) -> None:

@@ -55,11 +55,6 @@ def test_copies_that_have_no_place_are_refused_with_the_arithmetic(data: dict[st
         controller_settings(parse_config(data), SHAPE)
 
 
-def test_credentials_that_nobody_would_check_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"tenants\.auth: .*checks no credential"):
-        controller_settings(parse_config({"tenants": {"auth": "required"}}), SHAPE)
-
-
 def test_the_layout_and_the_delays_are_those_of_the_file() -> None:
     experts = {
         "num_groups": 3, "num_redundant": 20, "min_copies": 2, "join_debounce_s": 0.5, "regroup_s": 7,

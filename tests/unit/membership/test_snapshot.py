@@ -140,3 +140,29 @@ def test_what_cannot_be_read_is_an_error(text: str) -> None:
 def test_a_snapshot_of_another_model_is_an_error() -> None:
     with pytest.raises(SnapshotError, match=r"places \[2, 12\] layers and experts, the model has 3, 12"):
         restarted(formed(2), Layout(3, 12))
+
+
+def test_the_clocks_begin_anew_with_the_controller() -> None:
+    state = restarted(formed(3).lose("g1", "killed"))
+    for id in ("s", "g0", "g2"):
+        state = back(state, id, 1)
+    assert later(state, DELAYS.regroup_s - 0.1).proposal is None, "time without a controller is no time to come back in"
+    assert later(state, DELAYS.regroup_s + 0.1).view().proposed_groups == ("g0", "g2")
+
+    state = restarted(with_group(formed(2), "c"))
+    for id in ("s", "g0", "g1", "c"):
+        state = back(state, id, 1 if id != "c" else 0)
+    assert later(state, DELAYS.join_debounce_s - 0.1).proposal is None
+    assert later(state, DELAYS.join_debounce_s + 0.1).view().proposed_groups == ("g0", "g1", "c")
+
+
+def test_a_group_does_not_leave_while_what_it_is_proposed_for_may_be_in_force() -> None:
+    state = restarted(with_group(formed(2).lose("g0", "killed"), "new")).forget("s")
+    state = back(state, "g1", 1).drain("g1")
+    assert (state.awaited, state.view().proposed_groups) == ({"new"}, ("new", "g1"))
+    assert state.view().may_leave == frozenset(), "no shard is known, but one may come that uses the proposal"
+
+
+def test_the_first_reason_of_a_loss_stays() -> None:
+    state = formed(2).lose("g0", "killed").lose("g0", "silent", give_up=True)
+    assert state.view().missing == ("expert group 0 (killed)",)
