@@ -23,8 +23,8 @@ from redis_server import RedisServer, missing
 from chaos.asks import catalogue
 from chaos.faults import FAULTS, SCALE_S, CannotInject, Context, Harm, LacksMeans, Planned, Schedule
 from chaos.load import Load, reference, what_is_wrong
-from chaos.report import Event, Findings, attribute, first_chunk_s
-from chaos.watching import PERIOD_S, Counts, Watcher, is_whole, signs
+from chaos.report import Event, Findings, attribute, first_chunk_s, long_gaps
+from chaos.watching import PERIOD_S, Counts, OwnPauses, Watcher, is_whole, signs
 from moeray.cli.connection import ray_connection
 from moeray.tiny import checkpoint_path
 
@@ -89,6 +89,8 @@ def run(plan: Plan, say: Say = print) -> Findings:
             running, watcher, random.Random(plan.seed), checkpoint_path(), plan.whole, shm_of(running), redis
         )
         load = Load(asks, running.endpoints, plan.num_clients, plan.seed)
+        pauses = OwnPauses()
+        pauses.start()
         load.start()
         try:
             time.sleep(3)
@@ -96,11 +98,16 @@ def run(plan: Plan, say: Say = print) -> Findings:
             time.sleep(2)
         finally:
             load.stop()
+            pauses.stop()
             if plan.logs is not None:
                 shutil.copytree(Path("/tmp/ray/session_latest/logs").resolve(), plan.logs, dirs_exist_ok=True)
-        failures, quiet_stall_s = attribute(events, load.outcomes, lambda outcome: what_is_wrong(outcome, right))
-        first_token_s = first_chunk_s(right.values())
-        return Findings(plan.seed, events, len(load.outcomes), failures, quiet_stall_s, first_token_s)
+        failures, quiet_stall_s = attribute(
+            events, load.outcomes, lambda outcome: what_is_wrong(outcome, right), pauses.found
+        )
+        return Findings(
+            plan.seed, events, len(load.outcomes), failures, quiet_stall_s, first_chunk_s(right.values()),
+            long_gaps(load.outcomes), pauses.found,
+        )  # fmt: skip
 
 
 def inject_all(plan: Plan, context: Context, say: Say) -> list[Event]:

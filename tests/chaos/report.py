@@ -17,6 +17,7 @@ COLUMNS = (
 NO_FAULT = "(none)"
 STALL_S = 8.0
 """Later gaps are not the fault's but its repair's: processes that start take the cores of those that serve."""
+LONG_S = 1.0
 BLOCK = re.compile(r"(<!-- chaos -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -59,6 +60,8 @@ class Findings:
         failures: each begins with "failed: " or "wrong: ".
         quiet_stall_s: longest gap in a stream that flows and met no fault.
         first_token_s: `first_chunk_s` of the fault-free run.
+        long_gaps: (from, to, name of the ask) of every gap of LONG_S and more, on the clock of `Event.injected`.
+        own_pauses: (from, to) when this process itself did not run.
     """
 
     seed: int
@@ -67,6 +70,8 @@ class Findings:
     failures: list[str] = field(default_factory=list)
     quiet_stall_s: float = 0.0
     first_token_s: float = 0.0
+    long_gaps: list[tuple[float, float, str]] = field(default_factory=list)
+    own_pauses: list[tuple[float, float]] = field(default_factory=list)
 
     @property
     def injected(self) -> list[Event]:
@@ -83,11 +88,15 @@ def first_chunk_s(outcomes: Iterable[Outcome]) -> float:
 
 
 def attribute(
-    events: Sequence[Event], outcomes: Iterable[Outcome], wrong: Callable[[Outcome], str]
+    events: Sequence[Event],
+    outcomes: Iterable[Outcome],
+    wrong: Callable[[Outcome], str],
+    own_pauses: Sequence[tuple[float, float]] = (),
 ) -> tuple[list[str], float]:
     """Charge every outcome to the latest fault that began before it ended, and every stall to the faults it meets.
 
-    A broken connection counts as a failure unless the fault killed what the client was connected to.
+    A broken connection counts as a failure unless the fault killed what the client was connected to. Of a stall, what
+    the clients' own process did not run is nobody's fault.
 
     Returns:
         What failed or was wrong, in words; and the longest gap that met no fault.
@@ -97,14 +106,15 @@ def attribute(
     for outcome in outcomes:
         met = [each for each in done if each.began <= outcome.ended and each.ended >= outcome.started]
         for begin, end in outcome.gaps():
+            stall_s = end - begin - _overlap_s(begin, end, own_pauses)
             hit = [each for each in done if each.injected <= end and each.injected + STALL_S >= begin]
             for each in hit:
-                each.stall_s = max(each.stall_s, end - begin)
+                each.stall_s = max(each.stall_s, stall_s)
             for each in done:
                 if each.injected + STALL_S < begin <= each.ended:
-                    each.repair_stall_s = max(each.repair_stall_s, end - begin)
+                    each.repair_stall_s = max(each.repair_stall_s, stall_s)
             if not any(each.began <= end and each.ended >= begin for each in done):
-                quiet_stall_s = max(quiet_stall_s, end - begin)
+                quiet_stall_s = max(quiet_stall_s, stall_s)
         blamed = met[-1] if met else None
         excused = any(each.cuts_clients for each in met)
         if blamed is not None:
@@ -120,6 +130,16 @@ def attribute(
             if blamed is not None:
                 blamed.wrong += 1
     return failures, quiet_stall_s
+
+
+def _overlap_s(begin: float, end: float, pauses: Iterable[tuple[float, float]]) -> float:
+    return sum(max(0.0, min(end, until) - max(begin, since)) for since, until in pauses)
+
+
+def long_gaps(outcomes: Iterable[Outcome]) -> list[tuple[float, float, str]]:
+    """See `Findings`."""
+    gaps = [(begin, end, outcome.ask.name) for outcome in outcomes for begin, end in outcome.gaps()]
+    return sorted(gap for gap in gaps if gap[1] - gap[0] >= LONG_S)
 
 
 def _name(event: Event | None) -> str:

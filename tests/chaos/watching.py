@@ -27,6 +27,29 @@ class Counts:
     ingresses: int
 
 
+class OwnPauses(threading.Thread):
+    """When this process itself, with its clients, did not run. Attributes: found: (from, to), of `time.monotonic`."""
+
+    TICK_S, LONG_S = 0.02, 0.2
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True, name="own pauses")
+        self.found: list[tuple[float, float]] = []
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        before = time.monotonic()
+        while not self._ended.wait(self.TICK_S):
+            now = time.monotonic()
+            if now - before > self.LONG_S:
+                self.found.append((before, now))
+            before = now
+
+    def stop(self) -> None:
+        self._ended.set()
+        self.join()
+
+
 class Watcher(threading.Thread):
     """Keeps the latest state; needs an open `ray_connection`."""
 

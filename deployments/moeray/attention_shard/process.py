@@ -106,6 +106,8 @@ async def _serve(spec: ShardSpec, events: Events) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    events.send("progress", "warming up")
+    await engine.call_worker("moeray_warm_up")
     watched = guard(spec.hang_s)  # from now on: importing and loading hold the interpreter for seconds
     await engine.call_worker("moeray_guard", spec.hang_s, spec.step_s)
     events.send("ready", host=spec.host, port=port, pid=os.getpid(), engine_pid=engine.pid)

@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("question")
     chat.add_argument("--http", action="store_true", help="over the OpenAI HTTP API instead of gRPC")
     chat.add_argument("--api-key", metavar="KEY", default=os.environ.get("MOERAY_API_KEY"),
-                      help="sent as a bearer token (default: the variable MOERAY_API_KEY, which no process list shows)")  # fmt: skip
+                      help="sent as a bearer token (default: MOERAY_API_KEY, which no process list shows)")  # fmt: skip
     chat.add_argument("--ca-file", type=Path, metavar="PEM", help="who signed the server's certificate")
     chat.add_argument("--cert", type=Path, metavar="PEM", help="client certificate, where the server asks for one")
     chat.add_argument("--key", type=Path, metavar="PEM", help="its key")

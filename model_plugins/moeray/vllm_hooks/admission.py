@@ -148,8 +148,13 @@ def begun(create: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
         finally:
             _PLACES.reset(token)
         if isinstance(answer, AsyncGenerator):
-            for place in places:
-                await place.begin()
+            try:
+                for place in places:
+                    await place.begin()
+            except BaseException as error:
+                for place in places:
+                    place.leave(error)
+                raise
         return answer
 
     return create_begun

@@ -24,6 +24,7 @@ from moeray.vllm_hooks.micro_batches import hop_report, second_hop
 from moeray.vllm_hooks.route import Route
 from moeray.vllm_hooks.route_feed import RouteFeed
 from moeray.vllm_hooks.settings import ShardSettings, shard_settings
+from moeray.vllm_hooks.warm_up import compile_logprobs
 
 continued_requests.install()
 
@@ -45,6 +46,10 @@ class WorkerExtension:
         """
         guard(hang_s)
         step_limit.start(step_s)
+
+    def moeray_warm_up(self) -> None:
+        """Compile what vLLM would compile in a step: see `warm_up`."""
+        compile_logprobs(self.vllm_config.model_config.get_vocab_size(), self.model_runner.device)
 
     def moeray_follow_routes(self, address: str) -> None:
         """Take routes from the shard process from now on, in a thread beside the steps.

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 from chaos.asks import Ask
 from chaos.clients import Outcome
 from chaos.load import what_is_wrong
-from chaos.report import Event, Findings, as_text, attribute, fill, first_chunk_s, rows
+from chaos.report import Event, Findings, as_text, attribute, fill, first_chunk_s, long_gaps, rows
 
 STREAM = Ask("streamed", "http", {"stream": True}, flows=True)
 WHOLE = Ask("whole", "http", {})
@@ -33,6 +38,39 @@ def test_a_stall_is_charged_to_every_fault_that_it_meets_and_to_none_otherwise()
     done = [outcome(9, 14, 9.5, 13.0, 13.1), outcome(30, 32, 30.5, 31.5), outcome(1, 40)]
     failures, quiet_s = attribute([one, other], done, never_wrong)
     assert (failures, one.stall_s, other.stall_s, quiet_s) == ([], 3.5, 0.0, 1.0)
+
+
+def test_what_the_clients_own_process_did_not_run_is_no_stall_of_the_cluster() -> None:
+    one = event("a", 10, 12)
+    attribute([one], [outcome(9, 14, 9.5, 13.0)], never_wrong, own_pauses=[(8.0, 10.0), (12.0, 12.5), (20.0, 30.0)])
+    assert one.stall_s == 3.5 - 0.5 - 0.5
+
+
+def test_long_gaps_are_kept_with_their_time() -> None:
+    assert long_gaps([outcome(9, 14, 9.5, 13.0, 13.5), outcome(0, 3, 1.0, 2.0)]) == [
+        (1.0, 2.0, "streamed"), (9.5, 13.0, "streamed")
+    ]  # fmt: skip
+
+
+def test_a_process_that_is_stopped_knows_it() -> None:
+    program = """
+import sys, time
+from chaos.watching import OwnPauses
+pauses = OwnPauses(); pauses.start(); print("up", flush=True)
+sys.stdin.readline(); pauses.stop()
+print(max(until - since for since, until in pauses.found))
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    ) as process:  # fmt: skip
+        assert process.stdin is not None and process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(1.5)
+        process.send_signal(signal.SIGCONT)
+        told, _ = process.communicate("\n", timeout=60)
+    assert float(told) > 1.0
 
 
 def test_a_failed_request_is_charged_to_the_latest_fault_it_lived_through() -> None:

@@ -65,9 +65,9 @@ class TenantPlace:
         self.call.answered(len(output.new_token_ids))
 
     def leave(self, error: BaseException | None = None) -> None:
-        self.inner.leave(error)
         if not self.has_left:
             self.has_left = True
+            self.inner.leave(error)
             self.call.left(self, error)
 
 
@@ -93,6 +93,7 @@ class Call:
     _first_token: float = 0.0
     _outcome: str = "ok"
     _is_closed: bool = False
+    _has_ended: bool = False
     _reserving: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
@@ -168,9 +169,10 @@ class Call:
         return rate_limit_headers(self.tenant, source.remaining, source.reset_s)
 
     def _end_if_over(self) -> None:
-        if self._is_closed and self.reservations and all(place.has_left for place in self.places):
+        is_over = self._is_closed and all(place.has_left for place in self.places)
+        if is_over and not self._has_ended and self.reservations:
+            self._has_ended = True
             self.tenants.end(self, self._usage(), is_free=self._is_free)
-            self.reservations = []
 
     @property
     def _is_free(self) -> bool:
