@@ -24,13 +24,28 @@ SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 MAX_REQUEST_BYTES = 32 << 20
 HEALTH_POLL_S = 0.2
 
-_OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
-    ("grpc.max_send_message_length", -1),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-)
+KEEPALIVE_S = 30.0
+"""A client that has not been heard for so long is asked for a sign of life, and given a third of it to answer."""
+MIN_CLIENT_PING_S = 5.0
+"""Clients may ask as often; gRPC's own limit is five minutes, after which it cuts those that ask every ten seconds."""
+
+
+def _options(keepalive_s: float) -> tuple[tuple[str, int], ...]:
+    every_ms, answer_ms = round(keepalive_s * 1000), round(keepalive_s * 1000 / 3)
+    return (
+        ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.keepalive_time_ms", every_ms),
+        ("grpc.keepalive_timeout_ms", answer_ms),
+        (
+            "grpc.http2.ping_timeout_ms",
+            answer_ms,
+        ),  # the one that counts: keepalive's own is used only where it is longer
+        ("grpc.http2.max_pings_without_data", 0),  # a stream may wait for its first token for long
+        ("grpc.http2.min_ping_interval_without_data_ms", every_ms),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", round(MIN_CLIENT_PING_S * 1000)),
+    )
 
 
 async def start_grpc(
@@ -41,6 +56,7 @@ async def start_grpc(
     shared: bool = False,
     certificates: Certificates | None = None,
     doors: Sequence[grpc.aio.ServerInterceptor] = (),
+    keepalive_s: float = KEEPALIVE_S,
 ) -> tuple[grpc.aio.Server, int, health.aio.HealthServicer]:
     """Serve; NOT_SERVING until `keep_health` says otherwise.
 
@@ -51,7 +67,7 @@ async def start_grpc(
     Raises:
         PortInUse: ingress.grpc_port.
     """
-    server = grpc.aio.server(interceptors=doors, options=(*_OPTIONS, ("grpc.so_reuseport", int(shared))))
+    server = grpc.aio.server(interceptors=doors, options=(*_options(keepalive_s), ("grpc.so_reuseport", int(shared))))
     add_InferenceServicer_to_server(InferenceService(openai), server)
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
