@@ -36,7 +36,8 @@ APP_NAME = "moeray"
 DRAIN_S = 150.0
 """What Serve leaves a replica that it stops: a group until the others have its experts, a shard for its requests. Those
 that are not needed leave at once."""
-INGRESS_DRAIN_S = 20.0
+INGRESS_STOP_S = 20.0
+"""What it leaves an ingress beside `ingress.drain_s`."""
 
 
 def build(config: ClusterConfig | Mapping[str, Any] | str | None = None) -> Application:
@@ -80,7 +81,7 @@ def _pool(replica: type, pool: str, num_replicas: int, asks: AttentionConfig | E
         num_replicas=num_replicas,
         max_ongoing_requests=1000,
         health_check_period_s=1,
-        graceful_shutdown_timeout_s=INGRESS_DRAIN_S if pool == "ingress" else DRAIN_S,
+        graceful_shutdown_timeout_s=asks.drain_s + INGRESS_STOP_S if isinstance(asks, IngressConfig) else DRAIN_S,
         graceful_shutdown_wait_loop_s=0.1,  # requests that Serve knows of are health checks: draining is ours
         ray_actor_options={
             "num_cpus": asks.num_cpus,

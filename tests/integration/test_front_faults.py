@@ -127,8 +127,9 @@ def test_a_killed_shard_process_takes_its_engine_with_it_and_its_stream_waits_fo
     retry = error_details_pb2.RetryInfo()
     rich = rpc_status.from_call(refused.value)
     assert rich is not None and rich.details[0].Unpack(retry) and retry.retry_delay.seconds == 1
-    status, health, _ = ingress.get("/health")
-    assert status == 503 and health["shards"]["v1"]["state"] == "connecting"
+    status, ready, _ = ingress.get("/ready")
+    assert status == 503 and ready["shards"]["v1"]["state"] == "connecting"
+    assert ingress.get("/health")[0] == 200, "a restart of the ingress would not help"
     assert stream.is_alive() and stream.answer.error is None, "an accepted request waits"
     assert new.is_alive() and new.answer.error is None, "and so does a new one"
 
@@ -136,7 +137,7 @@ def test_a_killed_shard_process_takes_its_engine_with_it_and_its_stream_waits_fo
 
     stream.end().assert_same(expected, SAME_LOGPROB)
     assert new.end().choices[0].text
-    assert ingress.get("/health")[0] == 200
+    assert ingress.get("/ready")[0] == 200
     assert ingress.post("/v1/chat/completions", chat())[0] == 200
 
 
@@ -168,7 +169,7 @@ def test_held_requests_are_refused_with_the_reason_of_the_cluster(ingress: Ingre
     try:
         status, answer, _ = ingress.post("/v1/chat/completions", chat())
         assert (status, answer["error"]["message"]) == (503, "generation 2 misses an expert group")
-        assert ingress.get("/health")[0] == 503
+        assert ingress.get("/ready")[0] == 503
     finally:
         ingress.server.hold("")
     assert ingress.post("/v1/chat/completions", chat())[0] == 200

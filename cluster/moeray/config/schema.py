@@ -177,6 +177,7 @@ class IngressConfig:
         max_wait_s: a request that would wait longer for its first token, as far as has been measured, is refused;
             a client that reads nothing of its stream for so long loses it.
         max_requests: requests that one ingress has in hand at once; more are refused.
+        drain_s: what an ingress that stops leaves its streams to end by themselves.
     """
 
     http_port: Port = 8000
@@ -186,6 +187,7 @@ class IngressConfig:
     max_queued_kv: Share = 16.0
     max_wait_s: Seconds = 120.0
     max_requests: Count = 4096
+    drain_s: SecondsOrZero = 30.0
     tls: TlsConfig = Field(default_factory=TlsConfig)
     batches: BatchConfig = Field(default_factory=BatchConfig)
     num_cpus: Share = 0.1

@@ -17,6 +17,8 @@ from vllm.exceptions import VLLMValidationError
 
 from moeray.ingress.convert import fill, to_json
 from moeray.ingress.errors import abort
+from moeray.ingress.grpc_arrivals import given_id
+from moeray.tenancy import QuotaExceeded
 from moeray.v1 import inference_pb2 as pb
 from moeray.v1.inference_pb2_grpc import InferenceServicer
 from moeray.vllm_hooks.admission import Refused
@@ -77,6 +79,8 @@ class InferenceService(InferenceServicer):
         """Hand the request to vLLM; every refusal ends the call with its status."""
         try:
             data = to_json(message)
+            if (request_id := given_id(context)) is not None:
+                data["request_id"] = request_id
             if not stream:
                 data.pop("stream_options", None)
             answer = await create(model.model_validate({**data, "stream": stream}))
@@ -108,7 +112,8 @@ async def _abort_with(context: Context, error: Exception) -> None:
     if isinstance(error, grpc.aio.AbortError):
         raise error
     if isinstance(error, Refused):
-        await abort(context, refusal(error)["error"], error.retry_after_s)
+        limit = error.__cause__.limit if isinstance(error.__cause__, QuotaExceeded) else ""
+        await abort(context, refusal(error)["error"], error.retry_after_s, limit=limit)
     await abort(context, create_error_response(error).error.model_dump())
 
 

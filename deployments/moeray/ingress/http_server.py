@@ -1,66 +1,160 @@
-"""The HTTP(S) side: sockets bound early, uvicorn without its signal handlers, `/health` that tells the truth."""
+"""The HTTP(S) side: sockets bound early, uvicorn without its signal handlers, probes that tell the truth."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import socket
+import struct
+import termios
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
 from moeray.ingress.certificates import Certificates, HttpProtocol
+from moeray.ingress.http_arrivals import ALIVE_PATHS, READY_PATHS, HttpArrivals
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from moeray.ingress.arrivals import Arrivals
     from moeray.ingress.shard_pool import ShardPool
 
 
-def add_health(app: FastAPI, pool: ShardPool) -> None:
-    """`/health`: 200 while at least one shard takes requests, else 503 with the reason."""
+def add_probes(app: FastAPI, pool: ShardPool, arrivals: Arrivals, why_dead: Callable[[], str]) -> None:
+    """`/health`, `/healthz`, `/livez`: 200 while a restart would not help. `/ready`, `/readyz`: 200 while requests are
+    taken now, else 503; with what the pool knows of each shard.
+
+    Args:
+        why_dead: what only a restart ends; empty if there is nothing.
+    """
     from fastapi.responses import JSONResponse
 
     async def health() -> JSONResponse:
-        ready = pool.is_serving
-        body: dict[str, Any] = {"status": "ok" if ready else "unavailable", "shards": pool.describe()}
-        return JSONResponse(body, status_code=200 if ready else 503, headers={} if ready else {"Retry-After": "1"})
+        why = why_dead()
+        return JSONResponse({"status": "failed", "why": why} if why else {"status": "ok"}, 503 if why else 200)
 
-    app.add_api_route("/health", health, methods=["GET"])
+    async def ready() -> JSONResponse:
+        status = "stopping" if arrivals.is_leaving else "ok" if pool.is_serving else "unavailable"
+        body: dict[str, Any] = {"status": status, "shards": pool.describe()}
+        return JSONResponse(body, 200, {}) if status == "ok" else JSONResponse(body, 503, {"Retry-After": "1"})
+
+    for path in ALIVE_PATHS:
+        app.add_api_route(path, health, methods=["GET"], include_in_schema=path == ALIVE_PATHS[0])
+    for path in READY_PATHS:
+        app.add_api_route(path, ready, methods=["GET"], include_in_schema=path == READY_PATHS[0])
 
 
-class _Server(uvicorn.Server):
-    """Signals belong to the process that hosts the ingress."""
+class _Protocol(HttpProtocol):
+    """One connection."""
+
+    def shutdown(self) -> None:
+        """Close if idle. One whose client is asking just now, or has yet to ask for the first time, is answered first:
+        to close it would cost that request.
+        """
+        if self.cycle is not None and not _num_unread(self.transport):
+            super().shutdown()
+
+    @property
+    def is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+
+class HttpServer(uvicorn.Server):
+    """To stop it: `leave`, `close_idle`, `end`. Signals belong to the process that hosts the ingress."""
+
+    def __init__(self, config: uvicorn.Config, listener: socket.socket) -> None:
+        super().__init__(config)
+        self.task: asyncio.Task[None] | None = None
+        self._listener = listener
+        self._late: set[asyncio.Task[Any]] = set()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
+    @property
+    def num_connections(self) -> int:
+        return len(self.server_state.connections) + len(self._late)
+
+    def leave(self) -> None:
+        """Stop listening. Connections that the kernel has given to this ingress already are taken: it would reset them,
+        also where another ingress listens.
+        """
+        if not self.started:
+            return
+        loop = asyncio.get_running_loop()
+        self._listener.setblocking(False)
+        with contextlib.suppress(OSError):  # BlockingIOError: there are no more
+            while True:
+                connection, _ = self._listener.accept()
+                task = loop.create_task(loop.connect_accepted_socket(self._protocol, connection, ssl=self.config.ssl))
+                self._late.add(task)
+                task.add_done_callback(self._taken)
+        for server in self.servers:
+            server.close()
+
+    def close_idle(self) -> None:
+        """Close the connections that wait for nothing, those that are answered after their answer."""
+        self.should_exit = True
+
+    async def end(self, timeout_s: float) -> None:
+        """Close every connection, after what is written if its client reads that in time; returns when all is over."""
+        self.should_exit = True
+        for connection in list(self.server_state.connections):
+            if not connection.is_answering:  # type: ignore[union-attr]
+                connection.transport.close()  # type: ignore[union-attr]
+        assert self.task is not None, "start_http() first"
+        await asyncio.wait([self.task], timeout=timeout_s)
+        self.force_exit = True
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()  # type: ignore[union-attr]
+        await self.task
+
+    def _protocol(self) -> asyncio.Protocol:
+        return _Protocol(self.config, self.server_state, self.lifespan.state)
+
+    def _taken(self, task: asyncio.Task[Any]) -> None:
+        self._late.discard(task)
+        if not task.cancelled():
+            task.exception()  # a client that is gone, or spoke no TLS
+
 
 async def start_http(
     app: FastAPI,
     listener: socket.socket,
+    arrivals: Arrivals,
     certificates: Certificates | None = None,
     door: Callable[[Any], Any] | None = None,
-) -> tuple[uvicorn.Server, asyncio.Task[None]]:
-    """Serve until `should_exit` is set; returns once connections are accepted.
+) -> HttpServer:
+    """Serve until it is stopped; returns once connections are accepted.
 
     Args:
         certificates: HTTPS with these; None serves HTTP.
-        door: puts an ASGI application in front of `app`.
+        door: puts an ASGI application in front of `app`; probes do not pass it.
     """
-    served = app if door is None else door(app)
+    served = HttpArrivals(app if door is None else door(app), app, arrivals)
     config = uvicorn.Config(
-        served, log_level="warning", access_log=False, timeout_keep_alive=5, lifespan="on", http=HttpProtocol,
+        served, log_level="warning", access_log=False, timeout_keep_alive=5, lifespan="on", http=_Protocol,
         ssl_context_factory=None if certificates is None else (lambda *_: certificates.for_http()),
     )  # fmt: skip
-    server = _Server(config)
+    server = HttpServer(config, listener)
     app.state.server = server  # vLLM's error handlers look for it
-    task = asyncio.create_task(server.serve(sockets=[listener]), name="http")
+    task = server.task = asyncio.create_task(server.serve(sockets=[listener]), name="http")
     while not server.started:
         if task.done():
             task.result()
             raise RuntimeError("the HTTP server ended while it started")
         await asyncio.sleep(0.01)
-    return server, task
+    return server
+
+
+def _num_unread(transport: asyncio.BaseTransport) -> int:
+    """Bytes that the kernel holds for this connection."""
+    fd = transport.get_extra_info("socket").fileno()
+    if fd < 0:
+        return 0
+    unread: int = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0" * 4))[0]
+    return unread

@@ -20,7 +20,6 @@ from moeray.ingress.tenants.tenants import Tenants
 from moeray.membership import Role, View
 from moeray.vllm_hooks.served_model import describe_model, experts_in
 
-STOP_GRACE_S = 5.0
 LINK_S = 30.0
 
 
@@ -72,7 +71,12 @@ class Ingress:
         await self._stop()
 
     async def _stop(self) -> None:
-        await asyncio.gather(self._member.leave(), self._server.stop(STOP_GRACE_S))
+        telling = asyncio.create_task(self._member.drain())  # for `moeray status`; the streams do not wait for it
+        try:
+            await self._server.stop()
+        finally:
+            telling.cancel()
+            await self._member.leave()
 
     async def _go(self) -> None:
         """This process is told to end, although it is wanted: Serve starts another."""

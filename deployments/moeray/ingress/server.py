@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeray.config import ExpertsConfig, IngressConfig, TlsConfig
+from moeray.ingress.arrivals import Arrivals
 from moeray.ingress.ports import bind
 from moeray.ingress.shard_link import SILENCE_S
 
 if TYPE_CHECKING:
     import grpc
-    import uvicorn
     from fastapi import FastAPI
+    from grpc_health.v1 import health
 
     from moeray.ingress.certificates import Certificates
+    from moeray.ingress.http_server import HttpServer
     from moeray.ingress.shard_pool import ShardPool
     from moeray.ingress.tenants.tenants import Tenants
     from moeray.vllm_hooks.engine_core import RequestPool
@@ -40,7 +42,7 @@ class IngressSettings:
         shares_ports: other ingresses of this cluster may listen on the same ports of this node.
         silence_s: a shard that gives no sign of life for so long is lost.
         stall_s: a request that waited for experts as long when its shard is lost, fails (`experts.wait_s`).
-        limits: the bounds of what is admitted, and of batches, are read from it, nothing else.
+        limits: the bounds of what is admitted, of batches and of the drain are read from it, nothing else.
         tls: of both ports.
         tenants: opens those whose requests alone are served; None serves everybody.
     """
@@ -66,9 +68,11 @@ class IngressServer:
         self.http_port = self.grpc_port = 0
         self._front: Front | None = None
         self._pool: ShardPool | None = None
-        self._http: uvicorn.Server | None = None
-        self._http_task: asyncio.Task[None] | None = None
+        self._arrivals = Arrivals()
+        self._http: HttpServer | None = None
         self._grpc: grpc.aio.Server | None = None
+        self._health: health.aio.HealthServicer | None = None
+        self._stopping: asyncio.Task[None] | None = None
         self._health_task: asyncio.Task[None] | None = None
         self._certificates: Certificates | None = None
         self._batches_task: asyncio.Task[None] | None = None
@@ -112,7 +116,7 @@ class IngressServer:
     @property
     def is_serving(self) -> bool:
         """Whether a request would find a shard now."""
-        return self._pool is not None and self._pool.is_serving
+        return self._pool is not None and not self._arrivals.is_leaving and self._pool.is_serving
 
     async def set_shards(self, shards: Mapping[str, str]) -> None:
         """The attention shards that exist now: name -> host:port of the relay."""
@@ -135,31 +139,34 @@ class IngressServer:
     def num_requests(self) -> int:
         return len(self._pool.in_flight) if self._pool is not None else 0
 
-    async def stop(self, grace_s: float = 5.0) -> None:
-        """Refuse new connections, let streams end for `grace_s`, then cut them; idempotent."""
-        for task in (self._health_task, self._batches_task, self._tenants_task):
+    async def stop(self, drain_s: float | None = None) -> None:
+        """Drain (`moeray.ingress.stopping`), then end; idempotent.
+
+        Args:
+            drain_s: what streams have to end by themselves; None is `ingress.drain_s`.
+        """
+        if self._stopping is None:
+            drain_s = self.settings.limits.drain_s if drain_s is None else drain_s
+            self._stopping = asyncio.create_task(self._stop(drain_s), name="stop")
+        await asyncio.shield(self._stopping)
+
+    async def _stop(self, drain_s: float) -> None:
+        from moeray.ingress.stopping import drain
+
+        for task in (self._health_task, self._batches_task):
             if task is not None:
                 task.cancel()
-        ends = []
-        if self._grpc is not None:
-            ends.append(asyncio.create_task(self._grpc.stop(grace_s)))
-        if self._http is not None and self._http_task is not None:
-            self._http.should_exit = True
-            ends.append(self._http_task)
-        if ends:
-            await asyncio.wait(ends, timeout=grace_s)
         if self._pool is not None:
-            await self._pool.close()  # what still streams ends with an error that says so
-        if self._http is not None:
-            self._http.force_exit = True
-        await asyncio.gather(*ends)
+            await drain(
+                self._arrivals, self._pool, drain_s, http=self._http, grpc_server=self._grpc, health=self._health
+            )
         if self._front is not None:
             self._front.llm.shutdown()
+        if self._tenants_task is not None:  # until here: it keeps alive what streams have reserved
+            self._tenants_task.cancel()
         if self._tenants is not None:
             await self._tenants.close()
-        self._http = self._http_task = self._grpc = self._pool = self._front = self._health_task = (
-            self._batches_task
-        ) = self._tenants = self._tenants_task = None
+        self._http = self._grpc = self._health = self._pool = self._front = self._tenants = None
 
     async def _start_front(self) -> None:
         from moeray.attention_shard import link as wire
@@ -198,11 +205,11 @@ class IngressServer:
             self.hold(self._unknown_tenants)
 
     async def _start_http(self, listener: socket.socket) -> None:
-        from moeray.ingress.http_server import add_health, start_http
+        from moeray.ingress.http_server import add_probes, start_http
 
         assert self._front is not None and self._pool is not None
         app = self._front.openai.app
-        add_health(app, self._pool)
+        add_probes(app, self._pool, self._arrivals, lambda: self._unknown_tenants)
         if self.settings.limits.batches.directory:
             self._batches_task = self._start_batches(app)
         door: Callable[[Any], Any] | None = None
@@ -211,7 +218,7 @@ class IngressServer:
 
             door = partial(HttpDoor, tenants=self._tenants)
         self.http_port = listener.getsockname()[1]
-        self._http, self._http_task = await start_http(app, listener, self._certificates, door)
+        self._http = await start_http(app, listener, self._arrivals, self._certificates, door)
 
     def _start_batches(self, app: FastAPI) -> asyncio.Task[None]:
         """Serve the batch API and run what is there already."""
@@ -229,18 +236,19 @@ class IngressServer:
         return asyncio.create_task(runner.run(), name="batches")
 
     async def _start_grpc(self, reserved: socket.socket) -> None:
-        from moeray.ingress.grpc_server import keep_health, start_grpc
+        from moeray.ingress.grpc_arrivals import GrpcArrivals
+        from moeray.ingress.grpc_server import SERVICE, keep_health, start_grpc
 
         assert self._front is not None and self._pool is not None
         host, port = reserved.getsockname()[:2]
         reserved.close()
-        doors = []
+        doors: list[grpc.aio.ServerInterceptor] = [GrpcArrivals(SERVICE, self._arrivals)]
         if self._tenants is not None:
             from moeray.ingress.tenants.grpc_door import GrpcDoor
 
             doors.append(GrpcDoor(self._tenants))
-        self._grpc, self.grpc_port, health = await start_grpc(
+        self._grpc, self.grpc_port, self._health = await start_grpc(
             self._front.openai, host, port, shared=self.settings.shares_ports, certificates=self._certificates,
             doors=doors,
         )  # fmt: skip
-        self._health_task = asyncio.create_task(keep_health(health, self._pool))
+        self._health_task = asyncio.create_task(keep_health(self._health, self._pool))
