@@ -78,8 +78,8 @@ async def abort(
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED):
         if retry_after_s is not None:
             details.append(error_details_pb2.RetryInfo(retry_delay=Duration(seconds=retry_after_s)))
-        # What a client's gRPC with a retry policy obeys.
-        trailing.append((_PUSHBACK, str(-1 if retry_after_s is None else retry_after_s * 1000)))
+        # What a client's gRPC with a retry policy obeys; -1: do not try again. At 0, grpcio 1.85 never does.
+        trailing.append((_PUSHBACK, str(-1 if retry_after_s is None else max(retry_after_s * 1000, 1))))
     if limit:
         violation = error_details_pb2.QuotaFailure.Violation(subject=limit, description=message)
         details.append(error_details_pb2.QuotaFailure(violations=[violation]))

@@ -42,9 +42,9 @@ def _options(keepalive_s: float) -> tuple[tuple[str, int], ...]:
             answer_ms,
         ),  # the one that counts: keepalive's own is used only where it is longer
         ("grpc.http2.max_pings_without_data", 0),  # a stream may wait for its first token for long
-        ("grpc.http2.min_ping_interval_without_data_ms", every_ms),
         ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", round(MIN_CLIENT_PING_S * 1000)),
+        # Of what is received, whatever its name says.
+        ("grpc.http2.min_ping_interval_without_data_ms", round(MIN_CLIENT_PING_S * 1000)),
     )
 
 

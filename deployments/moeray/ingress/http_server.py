@@ -105,12 +105,12 @@ class HttpServer(uvicorn.Server):
         self.should_exit = True
         for connection in list(self.server_state.connections):
             if not connection.is_answering:  # type: ignore[union-attr]
-                connection.transport.close()  # type: ignore[union-attr]
+                connection.transport.close()
         assert self.task is not None, "start_http() first"
         await asyncio.wait([self.task], timeout=timeout_s)
         self.force_exit = True
         for connection in list(self.server_state.connections):
-            connection.transport.abort()  # type: ignore[union-attr]
+            connection.transport.abort()
         await self.task
 
     def _protocol(self) -> asyncio.Protocol:

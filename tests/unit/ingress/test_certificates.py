@@ -20,6 +20,7 @@ from fastapi import FastAPI, Request
 
 from moeray.config import ConfigError, TlsConfig, parse_config
 from moeray.ingress import certificates
+from moeray.ingress.arrivals import Arrivals
 from moeray.ingress.certificates import TLS_PEER, Certificates
 from moeray.ingress.errors import BadCertificate
 from moeray.ingress.http_server import start_http
@@ -61,7 +62,7 @@ async def serving(config: TlsConfig) -> AsyncIterator[Ports]:
         return b",".join(context.auth_context().get("x509_subject_alternative_name", ()))
 
     listener = socket.create_server(("127.0.0.1", 0))
-    server, task = await start_http(app, listener, known)
+    server = await start_http(app, listener, Arrivals(), known)
     rpc = grpc.aio.server()
     service, method = METHOD.strip("/").split("/")
     handlers = {method: grpc.unary_unary_rpc_method_handler(mine)}
@@ -72,8 +73,7 @@ async def serving(config: TlsConfig) -> AsyncIterator[Ports]:
         yield Ports(listener.getsockname()[1], port)
     finally:
         await rpc.stop(0)
-        server.should_exit = True
-        await task
+        await server.end(0.0)
 
 
 async def over_https(port: int, ca: Path, client: Signed | None = None) -> list[str]:
