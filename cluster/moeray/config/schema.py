@@ -178,6 +178,14 @@ class IngressConfig:
             a client that reads nothing of its stream for so long loses it.
         max_requests: requests that one ingress has in hand at once; more are refused.
         drain_s: what an ingress that stops leaves its streams to end by themselves.
+        max_body_bytes: of one request, and of a gRPC message; a prompt of a million tokens takes about 8 MiB, images
+            more. More is refused (413, RESOURCE_EXHAUSTED). Files of batches have a bound of their own.
+        max_bodies_bytes: bodies of all HTTP requests that one ingress has in hand; beyond, 503.
+        max_header_bytes: of one request's headers (431), and of a gRPC call's metadata.
+        head_timeout_s: a request's headers must be there by then, and a connection without a request is closed.
+        body_timeout_s: a request's body must be there by then (408).
+        max_connections: of each port; then a connection without a request gives way to a new one, and where there is
+            none, the new one is closed (503).
     """
 
     http_port: Port = 8000
@@ -188,10 +196,25 @@ class IngressConfig:
     max_wait_s: Seconds = 120.0
     max_requests: Count = 4096
     drain_s: SecondsOrZero = 30.0
+    max_body_bytes: Annotated[int, Field(strict=True, ge=1024, lt=1 << 31)] = 32 << 20
+    max_bodies_bytes: Count = 1 << 30
+    max_header_bytes: Annotated[int, Field(strict=True, ge=1024, le=1 << 20)] = 32 << 10
+    head_timeout_s: Seconds = 10.0
+    body_timeout_s: Seconds = 60.0
+    max_connections: Count = 8192
     tls: TlsConfig = Field(default_factory=TlsConfig)
     batches: BatchConfig = Field(default_factory=BatchConfig)
     num_cpus: Share = 0.1
     label_selector: Labels | None = None
+
+    @model_validator(mode="after")
+    def _fit(self) -> Self:
+        if self.max_body_bytes > self.max_bodies_bytes:
+            raise ValueError(
+                f"ingress.max_bodies_bytes: {self.max_bodies_bytes} is less than one body of ingress.max_body_bytes "
+                f"({self.max_body_bytes})"
+            )
+        return self
 
 
 @dataclass(frozen=True, config=_FROM_FILE)

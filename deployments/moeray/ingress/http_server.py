@@ -9,12 +9,16 @@ import socket
 import struct
 import termios
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from moeray.ingress.certificates import Certificates, HttpProtocol
+from moeray.config import IngressConfig
+from moeray.ingress.certificates import Certificates
 from moeray.ingress.http_arrivals import ALIVE_PATHS, READY_PATHS, HttpArrivals
+from moeray.ingress.http_connections import BoundedHttpProtocol, Connections, sweep
+from moeray.ingress.http_limits import HttpLimits
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -47,7 +51,7 @@ def add_probes(app: FastAPI, pool: ShardPool, arrivals: Arrivals, why_dead: Call
         app.add_api_route(path, ready, methods=["GET"], include_in_schema=path == READY_PATHS[0])
 
 
-class _Protocol(HttpProtocol):
+class _Protocol(BoundedHttpProtocol):
     """One connection."""
 
     def shutdown(self) -> None:
@@ -74,6 +78,12 @@ class HttpServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second."""
+        if counter % 10 == 0:
+            sweep(self.server_state.connections, asyncio.get_running_loop().time())
+        return await super().on_tick(counter)
 
     @property
     def num_connections(self) -> int:
@@ -114,7 +124,8 @@ class HttpServer(uvicorn.Server):
         await self.task
 
     def _protocol(self) -> asyncio.Protocol:
-        return _Protocol(self.config, self.server_state, self.lifespan.state)
+        made: asyncio.Protocol = self.config.http_protocol_class(self.config, self.server_state, self.lifespan.state)
+        return made
 
     def _taken(self, task: asyncio.Task[Any]) -> None:
         self._late.discard(task)
@@ -127,17 +138,23 @@ async def start_http(
     listener: socket.socket,
     arrivals: Arrivals,
     certificates: Certificates | None = None,
+    limits: IngressConfig | None = None,
     door: Callable[[Any], Any] | None = None,
 ) -> HttpServer:
     """Serve until it is stopped; returns once connections are accepted.
 
     Args:
         certificates: HTTPS with these; None serves HTTP.
-        door: puts an ASGI application in front of `app`; probes do not pass it.
+        limits: bounds of bodies and connections.
+        door: puts an ASGI application in front of `app`, before a body is read; probes do not pass it.
     """
-    served = HttpArrivals(app if door is None else door(app), app, arrivals)
+    limits = limits or IngressConfig()
+    bounded: Any = HttpLimits(app, limits)  # type: ignore[arg-type]
+    served = HttpArrivals(bounded if door is None else door(bounded), app, arrivals)
+    # A stranger must not be able to fill the log: what he sends wrong is a warning to uvicorn.
     config = uvicorn.Config(
-        served, log_level="warning", access_log=False, timeout_keep_alive=5, lifespan="on", http=_Protocol,
+        served, log_level="error", access_log=False, timeout_keep_alive=5, lifespan="on", ws="none",
+        http=partial(_Protocol, bounds=Connections(limits)),
         ssl_context_factory=None if certificates is None else (lambda *_: certificates.for_http()),
     )  # fmt: skip
     server = HttpServer(config, listener)

@@ -218,7 +218,7 @@ class IngressServer:
 
             door = partial(HttpDoor, tenants=self._tenants)
         self.http_port = listener.getsockname()[1]
-        self._http = await start_http(app, listener, self._arrivals, self._certificates, door)
+        self._http = await start_http(app, listener, self._arrivals, self._certificates, self.settings.limits, door)
 
     def _start_batches(self, app: FastAPI) -> asyncio.Task[None]:
         """Serve the batch API and run what is there already."""
@@ -249,6 +249,6 @@ class IngressServer:
             doors.append(GrpcDoor(self._tenants))
         self._grpc, self.grpc_port, self._health = await start_grpc(
             self._front.openai, host, port, shared=self.settings.shares_ports, certificates=self._certificates,
-            doors=doors,
+            limits=self.settings.limits, doors=doors,
         )  # fmt: skip
         self._health_task = asyncio.create_task(keep_health(self._health, self._pool))
