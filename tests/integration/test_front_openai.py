@@ -35,8 +35,9 @@ def test_a_stream_gives_the_text_of_the_whole_answer_token_by_token(client: Open
     text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
     assert text == whole.choices[0].message.content
     assert len(chunks) >= 8
-    assert chunks[-1].usage == whole.usage
-    assert whole.usage is not None and whole.usage.completion_tokens == 8
+    streamed = chunks[-1].usage
+    assert whole.usage is not None and whole.usage.completion_tokens == 8 and streamed is not None
+    assert (streamed.prompt_tokens, streamed.completion_tokens) == (whole.usage.prompt_tokens, 8)
 
 
 def test_logprobs_have_the_asked_alternatives_and_the_chosen_token_is_the_best(client: OpenAI) -> None:

@@ -10,10 +10,16 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+from vllm.exceptions import VLLMValidationError
 
 from moeray.vllm_hooks.admission import Refused, begun
 from moeray.vllm_hooks.engine_core import FrontLLM
+from moeray.vllm_hooks.error_fields import clean_path, field_of
+from moeray.vllm_hooks.first_event import answered
 from moeray.vllm_hooks.request_check import check_request
 
 if TYPE_CHECKING:
@@ -51,12 +57,14 @@ class OpenAIApp:
     Attributes:
         chat: `create_chat_completion(request, raw_request)` of OpenAIServingChat, checked.
         completion: the same for completions.
+        tokens: `create_tokenize(request, raw_request)` and `create_detokenize` of ServingTokenization, checked.
         models: OpenAIServingModels.
     """
 
     app: FastAPI
     chat: Any
     completion: Any
+    tokens: Any
     models: Any
 
 
@@ -67,6 +75,7 @@ async def build_openai_app(front: FrontLLM, engine_args: AsyncEngineArgs, *, dia
         engine_args: what the front was built from; model and served name are read from it.
         dialect: the parsers of tool calls and thoughts, and the roles that a chat may have.
     """
+    from fastapi.exceptions import RequestValidationError
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app
 
@@ -74,22 +83,34 @@ async def build_openai_app(front: FrontLLM, engine_args: AsyncEngineArgs, *, dia
     app = build_app(arguments, TASKS, front.model_config)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in SERVED_PATHS]
     app.exception_handler(Refused)(_refuse)
-    app.middleware_stack = None  # vLLM's bootstrap has built it already, without our handler
+    app.exception_handler(RequestValidationError)(_explain)
+    app.middleware_stack = None  # vLLM's bootstrap has built it already, without our handlers
     # /v1/models shows it as `root`: a path of ours is nobody's business.
     arguments.model = (arguments.served_model_name or [arguments.model])[0]
     await init_app_state(front, app.state, arguments, TASKS)
-    state = app.state
+    state, roles = app.state, dialect.roles
     for handler, method in (
         (state.openai_serving_chat, "create_chat_completion"),
         (state.openai_serving_completion, "create_completion"),
-    ):
-        setattr(handler, method, begun(_checked(getattr(handler, method), dialect.roles)))
-    for handler, method in (
         (state.openai_serving_responses, "create_responses"),
-        (state.anthropic_serving_messages, "create_messages"),
+        # What `create_messages` asks: it makes a chat of the messages.
+        (state.anthropic_serving_messages, "create_chat_completion"),
     ):
-        setattr(handler, method, begun(getattr(handler, method)))
-    return OpenAIApp(app, state.openai_serving_chat, state.openai_serving_completion, state.openai_serving_models)
+        setattr(handler, method, _named(answered(begun(_checked(getattr(handler, method), roles)))))
+    for handler, method in (
+        (state.anthropic_serving_messages, "create_messages"),
+        (state.anthropic_serving_messages, "count_tokens"),
+        (state.serving_tokenization, "create_tokenize"),
+        (state.serving_tokenization, "create_detokenize"),
+    ):
+        setattr(handler, method, _named(_checked(getattr(handler, method), roles)))
+    return OpenAIApp(
+        app,
+        state.openai_serving_chat,
+        state.openai_serving_completion,
+        state.serving_tokenization,
+        state.openai_serving_models,
+    )
 
 
 def _serve_arguments(engine_args: AsyncEngineArgs, dialect: Dialect) -> Namespace:
@@ -97,7 +118,7 @@ def _serve_arguments(engine_args: AsyncEngineArgs, dialect: Dialect) -> Namespac
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    line = ["--model", str(engine_args.model), "--disable-log-stats"]
+    line = ["--model", str(engine_args.model), "--disable-log-stats", "--enable-prompt-tokens-details"]
     if engine_args.served_model_name:
         names = engine_args.served_model_name
         line += ["--served-model-name", *([names] if isinstance(names, str) else names)]
@@ -120,6 +141,26 @@ def _checked(create: Callable[..., Awaitable[Any]], roles: tuple[str, ...] | Non
     return create_checked
 
 
+def _named(create: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """`create`, whose errors name the field that is to blame where that can be told."""
+    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+    async def create_named(request: Any, raw_request: Any = None) -> Any:
+        try:
+            answer = await create(request, raw_request)
+        except VLLMValidationError as error:
+            error.parameter = field_of(request, str(error), error.parameter)
+            raise
+        except ValueError as error:  # vLLM's older way to say the same
+            field = field_of(request, str(error), None)
+            raise VLLMValidationError(str(error), parameter=field) from error
+        if isinstance(answer, ErrorResponse) and answer.error.code == HTTPStatus.BAD_REQUEST:
+            answer.error.param = field_of(request, answer.error.message, answer.error.param)
+        return answer
+
+    return create_named
+
+
 async def _refuse(_: Request, error: Refused) -> Any:
     from fastapi.responses import JSONResponse
 
@@ -135,3 +176,17 @@ def refusal(error: Refused) -> dict[str, Any]:
     body = create_error_response(error)
     body.error.param = error.parameter
     return body.model_dump()
+
+
+async def _explain(request: Request, error: Any) -> Any:
+    """A body of the wrong shape: vLLM's answer, with the path as the client knows it and in the form of its API."""
+    from fastapi.responses import JSONResponse
+    from vllm.entrypoints.serve.exception_handling.handlers.validation import validation_exception_handler
+
+    answer = await validation_exception_handler(request, error)
+    body = msgspec.json.decode(answer.body)
+    if body["error"]["param"]:
+        body["error"]["param"] = clean_path(body["error"]["param"])
+    if request.url.path.startswith("/v1/messages"):
+        body = {"type": "error", "error": {"type": "invalid_request_error", "message": body["error"]["message"]}}
+    return JSONResponse(body, status_code=answer.status_code)

@@ -1,11 +1,15 @@
-"""What vLLM lets through but must not reach an engine, checked once for HTTP and gRPC, and naming the field."""
+"""What vLLM lets through but must not reach an engine, checked once for every protocol, and naming the field."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
+
+MAX_CHOICES = 128
+"""Answers to one request (`n`, also the width of a beam search): OpenAI's own bound. Each is a sequence of its own."""
 
 _FINITE = (
     "temperature",
@@ -16,38 +20,73 @@ _FINITE = (
     "repetition_penalty",
     "length_penalty",
 )
+_STOPS = ("stop", "stop_sequences")
+_CONVERSATIONS = ("messages", "input")
 
 
 def check_request(request: Any, roles: tuple[str, ...] | None) -> None:
-    """Check a ChatCompletionRequest or CompletionRequest.
+    """Check a request of chat, completions, responses, Anthropic's messages or tokenize.
 
     Args:
+        request: a field that it does not have is not checked.
         roles: those that the model's chat encoding can render; None where its chat template decides.
     Raises:
         VLLMValidationError: with the field's name and value; becomes HTTP 400 or gRPC INVALID_ARGUMENT.
     """
+    if getattr(request, "model", None) == "":
+        raise VLLMValidationError("model must name a model; ask for the list of models", parameter="model")
     for name in _FINITE:
-        value = getattr(request, name, None)
-        if value is not None and not math.isfinite(value):
-            raise VLLMValidationError(f"{name} must be a finite number", parameter=name, value=value)
-    if request.n is not None and request.n < 1:
-        raise VLLMValidationError("n must be at least 1", parameter="n", value=request.n)
-    stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
-    if "" in stops:
-        raise VLLMValidationError("stop cannot contain an empty string", parameter="stop")
-    for token, bias in (request.logit_bias or {}).items():
-        if not math.isfinite(bias):
-            raise VLLMValidationError("logit_bias must be a finite number", parameter=f"logit_bias.{token}", value=bias)
-    if hasattr(request, "messages"):
-        _check_messages(request.messages, roles)
+        _check_finite(name, getattr(request, name, None))
+    n = getattr(request, "n", None)
+    if n is not None and not 1 <= n <= MAX_CHOICES:
+        bound = "at least 1" if n < 1 else f"at most {MAX_CHOICES}"
+        raise VLLMValidationError(f"n must be {bound}", parameter="n", value=n)
+    for name in _STOPS:
+        stops = getattr(request, name, None)
+        if "" in ([stops] if isinstance(stops, str) else stops or []):
+            raise VLLMValidationError(f"{name} cannot contain an empty string", parameter=name)
+    for token, bias in (getattr(request, "logit_bias", None) or {}).items():
+        _check_finite("logit_bias", bias, f"logit_bias.{token}")
+    if getattr(request, "prompt", None) == []:
+        raise VLLMValidationError("prompt must hold at least one text or token", parameter="prompt")
+    _check_grammar(request)
+    for name in _CONVERSATIONS:
+        messages = getattr(request, name, None)
+        if isinstance(messages, list):
+            _check_messages(name, messages, roles)
 
 
-def _check_messages(messages: list[Any], roles: tuple[str, ...] | None) -> None:
+def _check_finite(name: str, value: float | None, parameter: str | None = None) -> None:
+    if value is not None and not math.isfinite(value):
+        raise VLLMValidationError(f"{name} must be a finite number", parameter=parameter or name, value=value)
+
+
+def _check_grammar(request: Any) -> None:
+    """vLLM gives a grammar that xgrammar cannot parse to another backend, which an engine may not have: a 500."""
+    grammar = getattr(getattr(request, "structured_outputs", None), "grammar", None)
+    if not grammar:
+        return
+    import xgrammar
+    from vllm.v1.structured_output.utils import grammar_is_likely_lark
+
+    if grammar_is_likely_lark(grammar):
+        return
+    try:
+        xgrammar.Grammar.from_ebnf(grammar)
+    except RuntimeError as error:
+        reason = str(error).strip().rpartition("EBNF parser error ")[2]
+        raise VLLMValidationError(f"not a grammar in EBNF: {reason}", parameter="structured_outputs.grammar") from error
+
+
+def _check_messages(field: str, messages: Sequence[Any], roles: tuple[str, ...] | None) -> None:
     if not messages:
-        raise VLLMValidationError("messages must hold at least one message", parameter="messages")
-    for index, message in enumerate(messages if roles is not None else ()):
-        role = message.get("role")
-        if roles is not None and role not in roles:
+        raise VLLMValidationError(f"{field} must hold at least one message", parameter=field)
+    if roles is None:
+        return
+    for index, message in enumerate(messages):
+        # An item of a response's input need not be a message, and then has no role.
+        role = message.get("role", roles[0]) if isinstance(message, dict) else getattr(message, "role", roles[0])
+        if role not in roles:
             raise VLLMValidationError(
-                f"role must be one of {', '.join(roles)}", parameter=f"messages.{index}.role", value=role
+                f"role must be one of {', '.join(roles)}", parameter=f"{field}.{index}.role", value=role
             )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import StructuredOutputsParams
 
 from moeray.tiny import checkpoint_path
-from moeray.vllm_hooks.request_check import check_request
+from moeray.vllm_hooks.request_check import MAX_CHOICES, check_request
 from moeray.vllm_hooks.served_model import Dialect, describe_model
 
 DEEPSEEK_ROLES = describe_model(checkpoint_path()).dialect.roles
@@ -40,3 +42,36 @@ def test_what_no_model_takes_is_refused_for_every_model(
     with pytest.raises(VLLMValidationError) as refused:
         check_request(request(**changes), roles)
     assert refused.value.parameter == parameter
+
+
+@pytest.mark.parametrize(
+    ("changes", "parameter"),
+    [
+        ({"model": ""}, "model"),
+        ({"n": MAX_CHOICES + 1}, "n"),
+        ({"stop_sequences": [""]}, "stop_sequences"),
+        ({"prompt": []}, "prompt"),
+        ({"input": []}, "input"),
+        ({"input": [{"type": "message", "role": "critic", "content": "?"}]}, "input.0.role"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty"),
+        ({"logit_bias": {"5": math.nan}}, "logit_bias.5"),
+        ({"structured_outputs": StructuredOutputsParams(grammar="root ::=")}, "structured_outputs.grammar"),
+    ],
+)
+def test_every_protocols_fields_are_checked_and_named(changes: dict[str, Any], parameter: str) -> None:
+    with pytest.raises(VLLMValidationError) as refused:
+        check_request(SimpleNamespace(**changes), DEEPSEEK_ROLES)
+    assert refused.value.parameter == parameter
+
+
+def test_the_bound_of_choices_is_in_the_error_and_the_bound_itself_is_taken() -> None:
+    check_request(request(n=MAX_CHOICES), None)
+    with pytest.raises(VLLMValidationError, match=f"at most {MAX_CHOICES}"):
+        check_request(request(n=MAX_CHOICES + 1), None)
+
+
+def test_what_is_fine_passes() -> None:
+    call = {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"}
+    grammar = StructuredOutputsParams(grammar='root ::= "yes" | "no"')
+    check_request(SimpleNamespace(input=[call], n=None, stop=None, structured_outputs=grammar), DEEPSEEK_ROLES)
+    check_request(SimpleNamespace(input="", model=None), DEEPSEEK_ROLES)

@@ -1,0 +1,97 @@
+"""A stream that fails at its first step is an error with a status; any other is as it was."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+from moeray.vllm_hooks.first_event import answered
+
+ERROR = 'data: {"error": {"message": "no", "type": "BadRequestError", "param": "n", "code": 400}}\n\n'
+
+
+class Stream:
+    """Gives its items, raises those that are errors, and knows whether it was closed."""
+
+    def __init__(self, *items: Any) -> None:
+        self.items, self.closed, self.made = items, False, 0
+
+    async def events(self) -> AsyncGenerator[Any, None]:
+        try:
+            for item in self.items:
+                self.made += 1
+                if isinstance(item, Exception):
+                    raise item
+                if isinstance(item, asyncio.Event):
+                    await item.wait()
+                    continue
+                yield item
+        finally:
+            self.closed = True
+
+    async def create(self) -> AsyncGenerator[Any, None]:
+        return self.events()
+
+
+async def test_the_first_event_is_made_before_the_answer_begins_and_no_other() -> None:
+    stream = Stream("data: 1", "data: 2")
+    answer = await answered(stream.create)()
+
+    assert stream.made == 1
+    assert [event async for event in answer] == ["data: 1", "data: 2"]
+    assert stream.closed
+
+
+async def test_an_error_as_the_first_event_is_the_answer() -> None:
+    stream = Stream(ERROR, "data: [DONE]")
+    answer = await answered(stream.create)()
+
+    assert isinstance(answer, ErrorResponse) and (answer.error.code, answer.error.param) == (400, "n")
+    assert stream.closed
+
+
+async def test_what_follows_a_responses_preamble_decides() -> None:
+    created, going = (SimpleNamespace(type=f"response.{name}") for name in ("created", "in_progress"))
+    with pytest.raises(ValueError, match="bad"):
+        await answered(Stream(created, going, ValueError("bad")).create)()
+    item = SimpleNamespace(type="response.output_item.added")
+    answer = await answered(Stream(created, going, item).create)()
+    assert [event async for event in answer] == [created, going, item]
+
+
+async def test_a_client_that_leaves_closes_the_stream() -> None:
+    stream = Stream("data: 1", "data: 2", "data: 3")
+    answer = await answered(stream.create)()
+    assert await anext(answer) == "data: 1"
+    await answer.aclose()
+    assert stream.closed and stream.made == 1
+
+
+async def test_a_stream_that_waits_for_the_engine_begins_without_its_first_event() -> None:
+    engine = asyncio.Event()
+    answer = await answered(Stream(engine, "data: 1", "data: 2").create)()
+    engine.set()
+    assert [event async for event in answer] == ["data: 1", "data: 2"]
+
+
+async def test_a_client_that_leaves_before_the_first_event_closes_the_stream() -> None:
+    stream = Stream(asyncio.Event(), "data: 1")
+    answer = await answered(stream.create)()
+    reading = asyncio.ensure_future(anext(answer))
+    await asyncio.sleep(0)
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+    assert stream.closed and stream.made == 1
+
+
+async def test_an_answer_that_is_no_stream_and_an_empty_stream_are_left_alone() -> None:
+    async def whole() -> str:
+        return "whole"
+
+    assert await answered(whole)() == "whole"
+    assert [event async for event in await answered(Stream().create)()] == []
