@@ -1,8 +1,8 @@
 """Between `moeray.v1` messages and the OpenAI JSON that vLLM's handlers take and give.
 
 The proto's field names are OpenAI's, so the conversion walks the descriptors and knows only the exceptions: the fields
-where JSON has two forms and the proto has two fields (content, prompt, tool_choice), and maps and bytes. An unset field
-is an absent key; nothing here has a default of its own.
+where JSON has two forms and the proto has two fields (content, prompt, tool_choice), maps by token id, and bytes. An
+unset field is an absent key; nothing here has a default of its own.
 """
 
 from __future__ import annotations
@@ -79,8 +79,11 @@ def _chat_to_json(data: dict[str, Any]) -> dict[str, Any]:
 
 def _completion_to_json(data: dict[str, Any]) -> dict[str, Any]:
     prompts = data.pop("prompt", None)
+    several = data.pop("prompts_token_ids", None)
     if (token_ids := data.pop("prompt_token_ids", None)) is not None:
         data["prompt"] = token_ids.get("ids", [])
+    elif several is not None:
+        data["prompt"] = [each.get("ids", []) for each in several]
     elif prompts is not None:
         data["prompt"] = prompts[0] if len(prompts) == 1 else prompts
     return data
@@ -129,9 +132,11 @@ def _extend(target: Any, field: Any, values: Iterable[Any]) -> None:
 
 
 def _fill_one(message: Message, value: Any) -> None:
-    if isinstance(message, Struct):
+    if isinstance(message, pb.PromptPosition):
+        _fill_position(message, value or {})
+    elif isinstance(message, Struct):
         message.SetInParent()
-        for key, item in value.items():
+        for key, item in (value or {}).items():  # null: the first token of a prompt has no alternatives
             _fill_one(message.fields[key], item)
     elif isinstance(message, ListValue):
         message.SetInParent()
@@ -142,6 +147,12 @@ def _fill_one(message: Message, value: Any) -> None:
     else:
         message.SetInParent()
         fill(message, value)
+
+
+def _fill_position(message: pb.PromptPosition, logprobs: Mapping[Any, Mapping[str, Any]]) -> None:
+    """JSON has a map from the token's id, and null for the first position."""
+    for token_id, logprob in logprobs.items():
+        fill(message.tokens.add(token_id=int(token_id)), logprob)
 
 
 def _fill_value(message: Value, value: Any) -> None:

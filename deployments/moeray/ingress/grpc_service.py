@@ -13,6 +13,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeCompletionRequest
 from vllm.exceptions import VLLMValidationError
 
 from moeray.ingress.convert import fill, to_json
@@ -22,6 +23,7 @@ from moeray.tenancy import QuotaExceeded
 from moeray.v1 import inference_pb2 as pb
 from moeray.v1.inference_pb2_grpc import InferenceServicer
 from moeray.vllm_hooks.admission import Refused
+from moeray.vllm_hooks.error_fields import clean_path
 from moeray.vllm_hooks.openai_app import refusal
 
 if TYPE_CHECKING:
@@ -68,6 +70,15 @@ class InferenceService(InferenceServicer):
         async for data in _events(chunks, context):
             yield fill(pb.CompletionChunk(), data)
 
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+        model = TokenizeCompletionRequest if request.HasField("prompt") else TokenizeChatRequest
+        answer = await self._ask(self._openai.tokens.create_tokenize, model, request, False, context)
+        return fill(pb.TokenizeResponse(), answer.model_dump(exclude_none=True))
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
+        answer = await self._ask(self._openai.tokens.create_detokenize, DetokenizeRequest, request, False, context)
+        return fill(pb.DetokenizeResponse(), answer.model_dump(exclude_none=True))
+
     async def _ask(
         self,
         create: Callable[[Any], Awaitable[Any]],
@@ -78,12 +89,14 @@ class InferenceService(InferenceServicer):
     ) -> Any:
         """Hand the request to vLLM; every refusal ends the call with its status."""
         try:
-            data = to_json(message)
+            data = {"model": "", **to_json(message)}  # unset is empty, and refused
             if (request_id := given_id(context)) is not None:
                 data["request_id"] = request_id
-            if not stream:
+            if stream:
+                data["stream"] = True
+            else:
                 data.pop("stream_options", None)
-            answer = await create(model.model_validate({**data, "stream": stream}))
+            answer = await create(model.model_validate(data))
         except ValidationError as error:
             await abort(context, _explain(error))
         except Exception as error:  # noqa: BLE001  as vLLM's own HTTP handlers do: every error gets a status
@@ -125,5 +138,5 @@ def _explain(error: ValidationError) -> dict[str, Any]:
         return {"message": str(cause), "param": cause.parameter, "code": 400}
     from vllm.entrypoints.serve.exception_handling.handlers.validation import clean_loc_for_param
 
-    field = clean_loc_for_param(first["loc"])
+    field = clean_path(clean_loc_for_param(first["loc"]))
     return {"message": f"{field}: {first['msg']}", "param": field, "code": 400}

@@ -59,6 +59,16 @@ class InferenceStub:
                 request_serializer=moeray_dot_v1_dot_inference__pb2.CompletionRequest.SerializeToString,
                 response_deserializer=moeray_dot_v1_dot_inference__pb2.CompletionChunk.FromString,
                 _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/moeray.v1.Inference/Tokenize',
+                request_serializer=moeray_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=moeray_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/moeray.v1.Inference/Detokenize',
+                request_serializer=moeray_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=moeray_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer:
@@ -99,6 +109,20 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tokenize(self, request, context):
+        """The tokens of a text, or of a chat as it would be given to the model.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """The text of tokens.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -126,6 +150,16 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.CompleteStream,
                     request_deserializer=moeray_dot_v1_dot_inference__pb2.CompletionRequest.FromString,
                     response_serializer=moeray_dot_v1_dot_inference__pb2.CompletionChunk.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=moeray_dot_v1_dot_inference__pb2.TokenizeRequest.FromString,
+                    response_serializer=moeray_dot_v1_dot_inference__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=moeray_dot_v1_dot_inference__pb2.DetokenizeRequest.FromString,
+                    response_serializer=moeray_dot_v1_dot_inference__pb2.DetokenizeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -263,6 +297,60 @@ class Inference:
             '/moeray.v1.Inference/CompleteStream',
             moeray_dot_v1_dot_inference__pb2.CompletionRequest.SerializeToString,
             moeray_dot_v1_dot_inference__pb2.CompletionChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moeray.v1.Inference/Tokenize',
+            moeray_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
+            moeray_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moeray.v1.Inference/Detokenize',
+            moeray_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+            moeray_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

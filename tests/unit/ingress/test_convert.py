@@ -6,9 +6,30 @@ import json
 import math
 from typing import Any
 
+import pytest
 from google.protobuf.message import Message
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm.entrypoints.generate.base.protocol import DeltaMessage, StreamOptions
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    ChatCompletionRequest,
+    ChatCompletionResponse,
+    ChatCompletionResponseChoice,
+    ChatCompletionResponseStreamChoice,
+    ChatCompletionStreamResponse,
+    ChatMessage,
+)
+from vllm.entrypoints.openai.completion.protocol import (
+    CompletionRequest,
+    CompletionResponse,
+    CompletionResponseChoice,
+)
+from vllm.entrypoints.serve.tokenize.protocol import (
+    DetokenizeRequest,
+    TokenizeChatRequest,
+    TokenizeCompletionRequest,
+    TokenizeResponse,
+)
 
 from moeray.ingress.convert import fill, to_json
 from moeray.v1 import inference_pb2 as pb
@@ -212,3 +233,66 @@ def _without_zeros(data: Any) -> Any:
             key: _without_zeros(value) for key, value in data.items() if value not in (0, "") or isinstance(value, bool)
         }
     return [_without_zeros(item) for item in data] if isinstance(data, list) else data
+
+
+def test_logprobs_of_a_prompt_are_by_position_and_the_first_has_none() -> None:
+    logprobs = [None, {3: {"logprob": -1.5, "rank": 2, "decoded_token": "a"}, 4: {"logprob": -0.5, "rank": 1}}]
+    answer = fill(pb.ChatResponse(), {"prompt_logprobs": logprobs})
+    first, second = answer.prompt_logprobs
+    assert not first.tokens
+    assert [(t.token_id, t.logprob, t.rank, t.decoded_token) for t in second.tokens] == [
+        (3, -1.5, 2, "a"),
+        (4, -0.5, 1, ""),
+    ]
+
+
+def test_the_first_token_of_an_echo_has_no_alternatives() -> None:
+    logprobs = {"tokens": ["a", "b"], "token_logprobs": [None, -1], "top_logprobs": [None, {"b": -1}]}
+    filled = fill(pb.CompletionLogprobs(), logprobs)
+    assert [dict(each) for each in filled.top_logprobs] == [{}, {"b": -1}]
+
+
+def test_several_prompts_may_be_token_ids() -> None:
+    prompts = [pb.TokenIds(ids=[1, 2]), pb.TokenIds(ids=[3])]
+    assert to_json(pb.CompletionRequest(prompts_token_ids=prompts))["prompt"] == [[1, 2], [3]]
+
+
+def test_a_schema_given_as_text_stays_text_and_so_keeps_its_order() -> None:
+    text = '{"properties": {"b": {}, "a": {}}}'
+    outputs = pb.StructuredOutputs()
+    outputs.json.string_value = text
+    assert to_json(outputs)["json"] == text
+
+
+# What vLLM takes or gives, and the proto leaves out.
+_LEFT_OUT = {
+    "object", "stream", "service_tier", "metrics", "routed_experts", "routed_experts_prompt_start", "chat_template",
+    "media_io_kwargs", "mm_processor_kwargs", "mm_payload", "return_mm_kwargs", "return_token_offsets",
+    "kv_transfer_params", "ec_transfer_params", "prompt_embeds", "suffix", "refusal", "annotations", "audio",
+    "function_call",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (ChatCompletionRequest, pb.ChatRequest),
+        (CompletionRequest, pb.CompletionRequest),
+        (ChatCompletionResponse, pb.ChatResponse),
+        (ChatCompletionResponseChoice, pb.ChatChoice),
+        (ChatMessage, pb.ChatMessage),
+        (ChatCompletionStreamResponse, pb.ChatChunk),
+        (ChatCompletionResponseStreamChoice, pb.ChatChunkChoice),
+        (DeltaMessage, pb.ChatDelta),
+        (CompletionResponse, pb.CompletionResponse),
+        (CompletionResponseChoice, pb.CompletionChoice),
+        (StreamOptions, pb.StreamOptions),
+        (TokenizeChatRequest, pb.TokenizeRequest),
+        (TokenizeCompletionRequest, pb.TokenizeRequest),
+        (TokenizeResponse, pb.TokenizeResponse),
+        (DetokenizeRequest, pb.DetokenizeRequest),
+    ],
+)
+def test_the_proto_has_every_field_of_vllms_that_means_something_here(model: Any, message: Any) -> None:
+    missing = model.model_fields.keys() - message.DESCRIPTOR.fields_by_name.keys()
+    assert missing <= _LEFT_OUT, missing - _LEFT_OUT
