@@ -124,7 +124,8 @@ class HttpServer(uvicorn.Server):
         await self.task
 
     def _protocol(self) -> asyncio.Protocol:
-        made: asyncio.Protocol = self.config.http_protocol_class(self.config, self.server_state, self.lifespan.state)
+        make: Any = self.config.http_protocol_class
+        made: asyncio.Protocol = make(self.config, self.server_state, self.lifespan.state)
         return made
 
     def _taken(self, task: asyncio.Task[Any]) -> None:
@@ -149,12 +150,12 @@ async def start_http(
         door: puts an ASGI application in front of `app`, before a body is read; probes do not pass it.
     """
     limits = limits or IngressConfig()
-    bounded: Any = HttpLimits(app, limits)  # type: ignore[arg-type]
+    bounded: Any = HttpLimits(app, limits)
     served = HttpArrivals(bounded if door is None else door(bounded), app, arrivals)
     # A stranger must not be able to fill the log: what he sends wrong is a warning to uvicorn.
     config = uvicorn.Config(
         served, log_level="error", access_log=False, timeout_keep_alive=5, lifespan="on", ws="none",
-        http=partial(_Protocol, bounds=Connections(limits)),
+        http=partial(_Protocol, bounds=Connections(limits)),  # type: ignore[arg-type]
         ssl_context_factory=None if certificates is None else (lambda *_: certificates.for_http()),
     )  # fmt: skip
     server = HttpServer(config, listener)

@@ -1,4 +1,4 @@
-"""HTTP: nothing but the probes without a tenant. Plain ASGI, so that streams pass untouched."""
+"""HTTP: nothing without a tenant. Plain ASGI, so that streams pass untouched. Probes are answered before it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
-PUBLIC_PATHS = frozenset({"/health", "/ready"})
-
 
 class HttpDoor:
     """An ASGI application in front of another one."""
@@ -29,7 +27,7 @@ class HttpDoor:
         self._app, self._tenants = app, tenants
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] in PUBLIC_PATHS):
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
         if scope["type"] != "http":  # there is no WebSocket route; should there be one, it is not open by mistake
