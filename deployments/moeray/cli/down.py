@@ -12,6 +12,7 @@ from moeray.cli.connection import NOT_RUNNING, cluster_state, ray_connection
 from moeray.cli.errors import CommandError
 
 SUPERVISOR_STOP_S = 45.0
+"""Beside `ingress.drain_s`."""
 RETIRE_S = 10.0
 
 
@@ -48,12 +49,13 @@ def remove_application() -> None:
 
 def _stop_supervisor(cluster: state_file.RunningCluster) -> None:
     os.kill(cluster.supervisor_pid, signal.SIGTERM)
-    deadline = time.monotonic() + SUPERVISOR_STOP_S
+    stop_s = SUPERVISOR_STOP_S + cluster.drain_s
+    deadline = time.monotonic() + stop_s
     while cluster.is_alive:
         if time.monotonic() > deadline:
             os.kill(cluster.supervisor_pid, signal.SIGKILL)
             raise CommandError(
-                f"the supervisor (pid {cluster.supervisor_pid}) did not stop within {SUPERVISOR_STOP_S:g} s "
+                f"the supervisor (pid {cluster.supervisor_pid}) did not stop within {stop_s:g} s "
                 f"and was killed; its log: {state_file.log_path()}"
             )
         time.sleep(0.05)

@@ -18,6 +18,7 @@ class RunningCluster:
         ray_address: of its Ray head, host:port.
         supervisor_pid: the process that owns the embedded Ray.
         supervisor_started: kernel start time of that process (clock ticks), so that a reused pid is not taken for it.
+        drain_s: `ingress.drain_s`, what `moeray down` leaves the streams.
     """
 
     ray_address: str
@@ -25,6 +26,7 @@ class RunningCluster:
     supervisor_started: int
     http: str
     grpc: str
+    drain_s: float = 0.0
 
     @property
     def is_alive(self) -> bool:

@@ -110,6 +110,7 @@ def _deploy(config: ClusterConfig, timeout_s: float) -> state_file.RunningCluste
         supervisor_started=state_file.started_ticks(os.getpid()) or 0,
         http=endpoints["http"],
         grpc=endpoints["grpc"],
+        drain_s=config.ingress.drain_s,
     )
 
 
