@@ -210,6 +210,19 @@ async def test_a_request_that_comes_while_connections_are_closed_is_not_lost(
         await asyncio.wait_for(stopped, 60)
 
 
+async def test_a_connection_that_the_kernel_has_accepted_is_served_though_the_ingress_has_not_seen_it(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stopping, "SETTLE_S", 60.0)  # it ends with the last connection
+    with socket.create_connection(("127.0.0.1", door.port)) as unseen:  # the loop stands still meanwhile
+        stopped = door.stop()
+        await asyncio.sleep(0)  # it begins before the loop looks for connections
+        reader, writer = await asyncio.open_connection(sock=unseen)
+        status, headers = await Client(reader, writer).ask("/echo")
+        assert (status, headers["connection"]) == (200, "close")
+        await asyncio.wait_for(stopped, 60)
+
+
 async def test_a_stream_that_outlasts_the_drain_ends_with_the_pools_word(door: Door) -> None:
     async with client(door) as streaming:
         await streaming.ask("/wait")
