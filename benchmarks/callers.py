@@ -123,11 +123,17 @@ class HttpCaller(Caller, asyncio.Protocol):
 
 
 class GrpcCaller(Caller):
-    """`moeray.v1.Inference` over a channel of its own."""
+    """`moeray.v1.Inference` over a channel of its own; opened by `connect`."""
 
     def __init__(self, address: str, metadata: Mapping[str, str]) -> None:
         self._channel = grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
         self._stub, self._metadata = InferenceStub(self._channel), list(metadata.items())
+
+    @classmethod
+    async def connect(cls, address: str, metadata: Mapping[str, str]) -> GrpcCaller:
+        caller = cls(address, metadata)
+        await caller._channel.channel_ready()
+        return caller
 
     async def ask(self, body: dict[str, Any]) -> Answer:
         request = ParseDict({name: value for name, value in body.items() if name != "stream"}, pb.ChatRequest())

@@ -7,6 +7,7 @@ import statistics
 import time
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from callers import Answer
@@ -58,15 +59,15 @@ def _way(began: float, ended: float, marks: Marks) -> dict[str, float] | None:
 
 
 def _later(answer: Answer, marks: Marks) -> Iterable[dict[str, float]]:
-    """From each step of the engine to the bytes that leave for the client."""
+    """From each step of the engine to the bytes that leave for the client, where the step's token is shown at once."""
     steps = marks[FROM_ENGINE]
     begin = bisect_left(steps, answer.first)
-    for step in steps[begin : begin + answer.tokens - 2]:
+    for step, next_step in pairwise(steps[begin : begin + answer.tokens - 1]):
         found, at = {}, step
         for name in _NAMES[_NAMES.index(FROM_ENGINE) + 1 :]:
             if marks[name]:
                 reached = _next(marks[name], at)
-                if reached is None:
+                if reached is None or reached > next_step:
                     break
                 found[name], at = reached - at, reached
         else:

@@ -23,7 +23,8 @@ HOST = "127.0.0.1"
 HERE = Path(__file__).parent
 START_S = 300.0
 STOP_S = 20.0
-ENGINE = "EngineCore"
+ENGINE = "VLLM::"
+"""How vLLM names the processes of an engine."""
 EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 """Of every engine. vLLM's default on CPU is a process more for the worker; it has nothing to do with any door."""
 
@@ -63,7 +64,7 @@ class Door:
 
     async def caller(self) -> Caller:
         if self.protocol == "grpc":
-            return GrpcCaller(f"{HOST}:{self.port}", self.headers)
+            return await GrpcCaller.connect(f"{HOST}:{self.port}", self.headers)
         return await HttpCaller.connect(HOST, self.port, self.headers)
 
     def processes(self) -> dict[str, list[psutil.Process]]:
@@ -73,7 +74,8 @@ class Door:
             with contextlib.suppress(psutil.NoSuchProcess):
                 for each in [(root := psutil.Process(pid)), *root.children(recursive=True)]:
                     with contextlib.suppress(psutil.NoSuchProcess):
-                        found["engine" if ENGINE in " ".join(each.cmdline()[:1]) else role].append(each)
+                        is_engine = "".join(each.cmdline()[:1]).startswith(ENGINE)
+                        found["engine" if is_engine else role].append(each)
         return found
 
     def cpu_s(self) -> dict[str, float]:
@@ -183,7 +185,7 @@ def ray_serve_llm(model: Path, name: str, log: Path) -> Iterator[Door]:
     """
     port = free_port()
     line = [sys.executable, str(HERE / "ray_door.py"), str(model), name, str(port)]
-    with _process(line, log, stdout=subprocess.PIPE) as process:
+    with _process(line, log, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         said = process.stdout.readline()
         if not said:

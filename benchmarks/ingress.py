@@ -168,7 +168,6 @@ async def _window(door: Door, num_clients: int, num_requests: int, numbers: Iter
     """One door's turn; its connections are opened before it begins."""
     callers = [await door.caller() for _ in range(num_clients)]
     try:
-        await call_all(callers, num_clients, lambda: chat(MODEL, next(numbers)))  # every connection is warm
         before = door.cpu_s()
         answers, seconds = await call_all(callers, num_requests, lambda: chat(MODEL, next(numbers)))
         after = door.cpu_s()

@@ -12,7 +12,11 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-_EMPTY_FS = "class FileSystem: ...\nclass FileSelector: ...\nclass FileType: ...\n"
+_EMPTY = {
+    "__init__.py": "",
+    "fs.py": "class FileSystem: ...\nclass FileSelector: ...\nclass FileType: ...\n",
+    "json.py": "class ReadOptions: ...\nclass ParseOptions: ...\n",
+}
 
 
 def main(model: str, name: str, port: int) -> None:
@@ -27,11 +31,12 @@ def main(model: str, name: str, port: int) -> None:
 
 
 def _stand_in(folder: Path) -> None:
-    """Let this process, and those of its Ray, import an empty `pyarrow.fs`."""
+    """Let this process, and those of its Ray, import an empty `pyarrow`."""
     (folder / "pyarrow").mkdir()
-    (folder / "pyarrow" / "__init__.py").write_text("")
-    (folder / "pyarrow" / "fs.py").write_text(_EMPTY_FS)
+    for name, text in _EMPTY.items():
+        (folder / "pyarrow" / name).write_text(text)
     sys.path.append(str(folder))
+    os.environ["RAY_DISABLE_CUSTOM_ARROW_DATA_SERIALIZATION"] = "1"
     os.environ["PYTHONPATH"] = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(folder)])
 
 
@@ -43,7 +48,7 @@ def serve_llm(model: str, name: str, port: int) -> None:
 
     from moeray.vllm_hooks.served_model import describe_model
 
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=True, configure_logging=False)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=True, configure_logging=False)
     serve.start(http_options={"host": HOST, "port": port})
     engine = {
         **ENGINE_ARGS,

@@ -43,7 +43,7 @@ POINTS = (
 )
 """(what ends there, module, function, when), in the order of a chat's way."""
 
-QUIET_S = 0.5
+QUIET_S = 0.3
 _marks: list[tuple[str, float]] = []
 
 
@@ -103,6 +103,8 @@ def _watch(name: str, module: Any, function: str, when: str) -> None:
 
 def _mark(name: str, args: tuple[Any, ...]) -> None:
     if name == "SSE" and args[1]["type"] != "http.response.body":
+        return
+    if name == "link out" and type(args[2]).__name__ != "Outputs":
         return
     _marks.append((name, time.monotonic()))
 
