@@ -14,7 +14,7 @@ CODE := cluster model_plugins deployments scripts tests benchmarks
 BIN := $(abspath $(VENV))/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full test-deploy correctness check lint fmt types imports fast-test chaos bench bench-hop bench-network bench-step tiny-model proto wheel lock clean
+.PHONY: help setup demo test test-full test-deploy correctness check lint fmt types imports fast-test chaos bench bench-hop bench-network bench-step bench-ingress tiny-model proto wheel lock clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,6 +69,11 @@ bench-network: setup  ## The same between two network namespaces, with delay and
 
 bench-step: setup  ## One decode step, split and monolithic on the same cores -> benchmarks/results/step.json (ten minutes)
 	$(BIN)/python benchmarks/step.py --json benchmarks/results/step.json $(BENCH_ARGS)
+	$(BIN)/python benchmarks/tables.py
+
+bench-ingress: setup  ## The front door beside bare vllm serve and Ray Serve LLM -> benchmarks/results/ingress.json (eight minutes)
+	$(BIN)/python benchmarks/ingress.py --json benchmarks/results/ingress.json $(BENCH_ARGS)
+	$(BIN)/python benchmarks/ingress.py --layers --json benchmarks/results/ingress_layers.json $(BENCH_ARGS)
 	$(BIN)/python benchmarks/tables.py
 
 chaos: setup  ## Five minutes of faults in a cluster under load, every kind, every answer checked (CHAOS_ARGS="--seed 7 --json FILE")

@@ -14,6 +14,7 @@ from typing import Any
 
 import records
 import targets
+import traced
 from records import Record
 
 DOCUMENT = records.ROOT / "docs" / "performance.md"
@@ -39,7 +40,11 @@ def filled(text: str, results: Path) -> str:
         else:
             file, make = TABLES[name]
             found = results / file
-            body = _with_source(make, found) if found.exists() else f"Not measured yet: `make bench-{file[:-5]}`."
+            body = (
+                _with_source(make, found)
+                if found.exists()
+                else f"Not measured yet: `make bench-{file[:-5].partition('_')[0]}`."
+            )
         return f"{match[1]}{body}\n{match[3]}"
 
     return BLOCK.sub(replaced, text)
@@ -106,6 +111,32 @@ def network_table(found: list[Record]) -> str:
     return markdown(["link", "hidden", "batch", "TCP p50 / p99", "Gloo p2p", "Gloo transport", "x TCP"], rows)
 
 
+def ingress_table(found: list[Record]) -> str:
+    """One line per number of clients and door."""
+    rows = [
+        [each["clients"], each["door"], f"{each['ttft_p50_ms']:.1f} / {each['ttft_p95_ms']:.1f}",
+         f"{each['added_ms']:+.2f} ({each['added_ms_min']:+.2f}..{each['added_ms_max']:+.2f})",
+         f"{each['tokens_per_s']:.0f}", _ratio(each, "throughput_ratio"),
+         ", ".join(f"{role} {value:.1f}" for role, value in each["cpu_ms"].items())]
+        for each in sorted(found, key=lambda each: each["clients"])
+    ]  # fmt: skip
+    head = ["clients", "door", "TTFT p50 / p95, ms", "added, ms", "tokens/s", "x vllm serve", "CPU ms per request"]
+    return markdown(head, rows)
+
+
+def layers_table(found: list[Record]) -> str:
+    """One line per layer; microseconds to the first token, and of each later one, for every door."""
+    names = list(dict.fromkeys(name for each in found for name in each["first_token_us"]))
+    points = [name for name, *_ in traced.POINTS]
+    order = [*(name for name in points if name in names), *(name for name in names if name not in points)]
+    rows = [
+        [name, *(each[way].get(name, "") for each in found for way in ("first_token_us", "later_token_us"))]
+        for name in order
+    ]
+    head = ["layer", *(f"{each['door']}, {which} token" for each in found for which in ("first", "later"))]
+    return markdown(head, rows)
+
+
 def targets_table(results: Path) -> str:
     """Every target, met or with what holds it; empty without results."""
     hop, step = (
@@ -136,6 +167,8 @@ TABLES: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
     "step": ("step.json", step_table),
     "stages": ("step.json", stage_table),
     "network": ("network.json", network_table),
+    "ingress": ("ingress.json", ingress_table),
+    "layers": ("ingress_layers.json", layers_table),
 }
 """Name in the document -> (file of results, what makes it)."""
 
