@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,28 @@ _FINITE = (
 )
 _STOPS = ("stop", "stop_sequences")
 _CONVERSATIONS = ("messages", "input")
+
+MAX_CONSTRAINT_CHARS = 64 << 10
+"""Of a JSON schema, grammar, regex or list of choices. It is compiled in a thread of the shard's engine that cannot be
+stopped; its time grows with its length (a schema of 60,000 characters: 3 s; one of 1.1 million: more than 40 s)."""
+
+
+def check_constraint(structured_outputs: Any) -> None:
+    """Check vLLM's StructuredOutputsParams, or None.
+
+    Raises:
+        VLLMValidationError: too long to be compiled beside other requests.
+    """
+    for name in ("json", "regex", "choice", "grammar", "structural_tag"):
+        value = getattr(structured_outputs, name, None)
+        if not value:
+            continue
+        num_chars = len(value) if isinstance(value, str) else len(json.dumps(value))
+        if num_chars > MAX_CONSTRAINT_CHARS:
+            raise VLLMValidationError(
+                f"the constraint has {num_chars} characters, at most {MAX_CONSTRAINT_CHARS} are taken",
+                parameter=f"structured_outputs.{name}",
+            )
 
 
 def check_request(request: Any, roles: tuple[str, ...] | None) -> None:

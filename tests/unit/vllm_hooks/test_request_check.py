@@ -11,7 +11,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
 from moeray.tiny import checkpoint_path
-from moeray.vllm_hooks.request_check import MAX_CHOICES, check_request
+from moeray.vllm_hooks.request_check import MAX_CHOICES, MAX_CONSTRAINT_CHARS, check_constraint, check_request
 from moeray.vllm_hooks.served_model import Dialect, describe_model
 
 DEEPSEEK_ROLES = describe_model(checkpoint_path()).dialect.roles
@@ -75,3 +75,19 @@ def test_what_is_fine_passes() -> None:
     grammar = StructuredOutputsParams(grammar='root ::= "yes" | "no"')
     check_request(SimpleNamespace(input=[call], n=None, stop=None, structured_outputs=grammar), DEEPSEEK_ROLES)
     check_request(SimpleNamespace(input="", model=None), DEEPSEEK_ROLES)
+
+
+@pytest.mark.parametrize("field", ["json", "regex", "grammar", "choice", "structural_tag"])
+def test_a_constraint_is_compiled_only_if_it_is_short(field: str) -> None:
+    at_most = MAX_CONSTRAINT_CHARS
+    longest: Any = ["x" * (at_most - 4)] if field == "choice" else "x" * at_most
+    check_constraint(StructuredOutputsParams(**{field: longest}))
+
+    longer: Any = ["x" * at_most] if field == "choice" else "x" * (at_most + 1)
+    with pytest.raises(VLLMValidationError, match="characters") as refused:
+        check_constraint(StructuredOutputsParams(**{field: longer}))
+    assert refused.value.parameter == f"structured_outputs.{field}"
+
+
+def test_without_a_constraint_there_is_nothing_to_check() -> None:
+    check_constraint(None)
