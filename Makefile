@@ -14,7 +14,7 @@ CODE := cluster model_plugins deployments scripts tests benchmarks
 BIN := $(abspath $(VENV))/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full test-deploy correctness check lint fmt types imports fast-test chaos bench bench-hop bench-network bench-step bench-ingress tiny-model proto wheel lock clean
+.PHONY: help setup demo test test-full test-deploy correctness check lint fmt types imports fast-test chaos bench bench-hop bench-network bench-step bench-ingress tiny-model proto api-docs wheel lock clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -85,6 +85,10 @@ tiny-model: setup  ## Make, train and evaluate the bundled model from scratch in
 
 proto: setup  ## Generate moeray.v1 from its .proto file
 	$(BIN)/python -m moeray.ingress.generate
+
+api-docs: setup  ## Ask for every feature over HTTP and gRPC, and write the table of docs/api.md
+	$(BIN)/python tests/integration/conformance/table.py --write
+	$(BIN)/python -m pytest tests/integration/conformance $(PYTEST_ARGS)
 
 wheel: setup  ## Build dist/moeray-VERSION-py3-none-any.whl
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
