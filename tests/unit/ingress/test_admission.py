@@ -14,7 +14,7 @@ from vllm.sampling_params import SamplingParams
 from moeray.attention_shard import link as wire
 from moeray.config import IngressConfig
 from moeray.ingress.admission import LONGEST_RETRY_S, OVERALL, Admission
-from moeray.vllm_hooks.admission import Need, NotRead, Overloaded, Place, keep_place, need_of
+from moeray.vllm_hooks.admission import Need, NotRead, Overloaded, Place, Refused, begun, keep_place, need_of
 
 READY = ("a", "b")
 
@@ -186,9 +186,16 @@ class Counted:
 
     left = 0
     max_unread_s = 60.0
+    need = Need("r", 1, 1)
 
-    def leave(self) -> None:
+    def __init__(self) -> None:
+        self.errors: list[BaseException | None] = []
+
+    async def begin(self) -> None: ...
+
+    def leave(self, error: BaseException | None = None) -> None:
         self.left += 1
+        self.errors.append(error)
 
 
 async def _numbers(closed: list[bool]) -> AsyncGenerator[int, None]:
@@ -235,6 +242,7 @@ def test_a_client_that_does_not_read_loses_its_place_and_its_request_and_is_told
         with pytest.raises(NotRead, match=r"0\.02 s \(ingress.max_wait_s\)") as error:
             await anext(stream)
         assert error.value.http_status == HTTPStatus.REQUEST_TIMEOUT
+        assert isinstance(place.errors[0], NotRead)
 
     asyncio.run(scenario())
 
@@ -254,3 +262,35 @@ def test_a_client_that_reads_is_not_blamed_for_a_slow_answer() -> None:
 def test_what_a_request_needs_is_read_from_the_rendered_prompt() -> None:
     need = need_of("r", {"prompt_token_ids": [1, 2, 3]}, SamplingParams(max_tokens=7, n=2), 4)
     assert need == Need("r", 3, 7, 2, 4) and need.num_tokens == 20
+
+
+class Barred(Counted):
+    """A place of which it turns out that it may not be filled."""
+
+    async def begin(self) -> None:
+        raise Refused("not you", HTTPStatus.FORBIDDEN)
+
+
+def test_a_place_that_may_not_be_filled_is_given_back_and_its_request_never_made() -> None:
+    async def scenario() -> None:
+        closed: list[bool] = []
+        place = Barred()
+        with pytest.raises(Refused):
+            await anext(keep_place(place, _numbers(closed)))
+        assert isinstance(place.errors[0], Refused) and not closed
+
+    asyncio.run(scenario())
+
+
+def test_a_handlers_stream_is_returned_only_once_it_has_begun() -> None:
+    async def scenario() -> None:
+        place = Barred()
+
+        async def handler() -> AsyncGenerator[int, None]:
+            return keep_place(place, _numbers([]))
+
+        with pytest.raises(Refused):
+            await begun(handler)()
+        assert place.left
+
+    asyncio.run(scenario())

@@ -17,10 +17,11 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from moeray.config import IngressConfig
 from moeray.ingress import grpc_server
 from moeray.ingress.arrivals import Arrivals
 from moeray.ingress.grpc_arrivals import GrpcArrivals
-from moeray.ingress.grpc_server import MAX_REQUEST_BYTES, SERVICE, start_grpc
+from moeray.ingress.grpc_server import SERVICE, start_grpc
 from moeray.ingress.tenants.refusals import refused
 from moeray.tenancy import QuotaExceeded
 from moeray.v1 import inference_pb2 as pb
@@ -160,12 +161,14 @@ async def test_a_message_above_the_limit_is_refused_with_both_numbers() -> None:
     async def create(request: Any, _: Any = None) -> Any:
         raise AssertionError("it got through")
 
-    big = pb.ChatRequest(messages=[pb.ChatMessage(content="x" * MAX_REQUEST_BYTES)])
+    big = pb.ChatRequest(messages=[pb.ChatMessage(content="x" * IngressConfig().max_body_bytes)])
     async with serving(create) as (port, _), channel(port) as opened:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await InferenceStub(opened).Chat(big, timeout=60)
     assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert str(MAX_REQUEST_BYTES) in str(raised.value.details()) and "larger than max" in str(raised.value.details())
+    assert str(IngressConfig().max_body_bytes) in str(raised.value.details()) and "larger than max" in str(
+        raised.value.details()
+    )
     assert rpc_status.from_call(raised.value) is None, "no RetryInfo: it will never pass"
 
 

@@ -14,6 +14,7 @@ import pytest
 from fastapi import FastAPI, Request, UploadFile
 
 from moeray.config import BatchConfig, ConfigError, IngressConfig, parse_config
+from moeray.ingress.arrivals import Arrivals
 from moeray.ingress.http_connections import MAX_HEADERS, MAX_PIPELINED
 from moeray.ingress.http_limits import MAX_JSON_DEPTH, UPLOAD_MARGIN_BYTES, depth_exceeds
 from moeray.ingress.http_server import start_http
@@ -86,11 +87,11 @@ async def answer_of(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) 
 async def door(**limits: Any) -> AsyncIterator[Door]:
     listener = socket.create_server(("127.0.0.1", 0))
     release = asyncio.Event()
-    server, task = await start_http(_app(release), listener, limits=IngressConfig(**{**SMALL, **limits}))
+    bounds = IngressConfig(**{**SMALL, **limits})
+    server = await start_http(_app(release), listener, Arrivals(), limits=bounds)
     yield Door(listener.getsockname()[1], release, server)
     release.set()
-    server.should_exit = server.force_exit = True
-    await task
+    await server.end(0.0)
 
 
 def error_of(got: bytes) -> str:
