@@ -73,12 +73,13 @@ class Choice:
 
 @dataclass
 class Answer:
-    """What a client got. `gaps_s`: between the chunks of a stream, after the first token."""
+    """What a client got. `gaps_s`: between the chunks of a stream, after the first token; `messages`: each, as it came."""
 
     choices: dict[int, Choice] = field(default_factory=dict)
     usage: dict[str, Any] | None = None
     error: dict[str, Any] | None = None
     gaps_s: list[float] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, message: dict[str, Any]) -> None:
         """A whole answer or one chunk."""
