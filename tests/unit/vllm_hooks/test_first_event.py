@@ -89,6 +89,16 @@ async def test_a_client_that_leaves_before_the_first_event_closes_the_stream() -
     assert stream.closed and stream.made == 1
 
 
+async def test_a_call_that_is_cancelled_while_its_stream_begins_closes_the_stream() -> None:
+    stream = Stream(asyncio.Event(), "data: 1")
+    call = asyncio.ensure_future(answered(stream.create)())
+    while not stream.made:
+        await asyncio.sleep(0)
+    call.cancel()
+    done, _ = await asyncio.wait({call}, timeout=60)
+    assert done and call.cancelled() and stream.closed
+
+
 async def test_an_answer_that_is_no_stream_and_an_empty_stream_are_left_alone() -> None:
     async def whole() -> str:
         return "whole"
