@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,18 @@ from front_process import Ingress, ShardProcess
 
 from moeray.config import BatchConfig, IngressConfig
 
+NUM_QUICK = 3
+"""Rows of each section that every test run asks; `make api-docs` and `make test-full` ask all."""
+
 WAYS = [
-    pytest.param(feature, way, id=f"{feature.section}: {feature.name} over {protocol}")
-    for feature in FEATURES
+    pytest.param(
+        feature,
+        way,
+        id=f"{feature.section}: {feature.name} over {protocol}",
+        marks=() if number < NUM_QUICK else pytest.mark.full,
+    )
+    for _, rows in groupby(FEATURES, key=lambda feature: feature.section)
+    for number, feature in enumerate(rows)
     for protocol, way in (("HTTP", feature.http), ("gRPC", feature.grpc))
     if not isinstance(way, str)
 ]
