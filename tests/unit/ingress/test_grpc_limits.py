@@ -1,0 +1,91 @@
+"""What a client may send over gRPC: each bound has its status."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import pytest
+
+from moeray.config import IngressConfig
+from moeray.ingress.grpc_server import start_grpc
+from moeray.v1 import inference_pb2 as pb
+from moeray.v1.inference_pb2_grpc import InferenceStub
+
+LIMITS = IngressConfig(max_body_bytes=4096, max_header_bytes=2048, max_connections=3)
+WAIT_S = 60
+
+
+class Models:
+    async def show_available_models(self) -> Any:
+        return SimpleNamespace(model_dump=lambda **_: {"data": []})
+
+
+@pytest.fixture
+async def address() -> AsyncIterator[str]:
+    openai: Any = SimpleNamespace(models=Models())
+    server, port, _ = await start_grpc(openai, "127.0.0.1", 0, limits=LIMITS)
+    yield f"127.0.0.1:{port}"
+    await server.stop(0)
+
+
+async def code_of(
+    address: str, message: bytes, metadata: tuple[tuple[str, str], ...] = (), **more: Any
+) -> grpc.StatusCode:
+    async with grpc.aio.insecure_channel(address, **more) as channel:
+        method = channel.unary_unary("/moeray.v1.Inference/ListModels")
+        try:
+            await method(message, metadata=metadata, timeout=WAIT_S)
+        except grpc.aio.AioRpcError as error:
+            return error.code()
+    return grpc.StatusCode.OK
+
+
+async def test_a_message_beyond_the_bound_is_refused(address: str) -> None:
+    assert await code_of(address, b"x" * 4097) is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert await code_of(address, b"") is grpc.StatusCode.OK
+
+
+async def test_a_message_that_would_have_to_be_unpacked_is_refused(address: str) -> None:
+    packed = await code_of(address, b"\x00" * 4000, compression=grpc.Compression.Gzip)
+    assert packed is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_metadata_beyond_the_bound_is_refused(address: str) -> None:
+    assert await code_of(address, b"", (("x-y", "z" * 1000),)) is grpc.StatusCode.OK
+    assert await code_of(address, b"", (("x-y", "z" * 4000),)) is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize("method", ["Chat", "ChatStream", "ListModels"])
+async def test_bytes_that_are_no_message_are_an_invalid_argument(address: str, method: str) -> None:
+    for raw in (b"\xff" * 40, _deep().SerializeToString()):
+        if method == "ListModels" and raw != b"\xff" * 40:
+            continue  # has no field that could nest
+        async with grpc.aio.insecure_channel(address) as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                async for _ in channel.unary_stream(f"/moeray.v1.Inference/{method}")(raw, timeout=WAIT_S):
+                    pass
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def _deep() -> pb.ChatRequest:
+    request = pb.ChatRequest()
+    value = request.tools.add().function.parameters.fields["a"]
+    for _ in range(200):
+        value = value.list_value.values.add()
+    return request
+
+
+async def test_connections_are_bounded(address: str) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        answered = 0
+        for number in range(LIMITS.max_connections + 2):
+            options = (("grpc.use_local_subchannel_pool", 1), ("n", number))
+            channel = await stack.enter_async_context(grpc.aio.insecure_channel(address, options=options))
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await InferenceStub(channel).ListModels(pb.ListModelsRequest(), timeout=WAIT_S)
+                answered += 1
+        assert answered == LIMITS.max_connections
