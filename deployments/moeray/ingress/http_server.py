@@ -46,9 +46,9 @@ def add_probes(app: FastAPI, pool: ShardPool, arrivals: Arrivals, why_dead: Call
         return JSONResponse(body, 200, {}) if status == "ok" else JSONResponse(body, 503, {"Retry-After": "1"})
 
     for path in ALIVE_PATHS:
-        app.add_api_route(path, health, methods=["GET"], include_in_schema=path == ALIVE_PATHS[0])
+        app.add_api_route(path, health, methods=["GET"], response_model=None, include_in_schema=path == ALIVE_PATHS[0])
     for path in READY_PATHS:
-        app.add_api_route(path, ready, methods=["GET"], include_in_schema=path == READY_PATHS[0])
+        app.add_api_route(path, ready, methods=["GET"], response_model=None, include_in_schema=path == READY_PATHS[0])
 
 
 class _Protocol(BoundedHttpProtocol):

@@ -8,7 +8,7 @@ import json
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from fastapi import FastAPI, Request, UploadFile
@@ -17,7 +17,10 @@ from moeray.config import BatchConfig, ConfigError, IngressConfig, parse_config
 from moeray.ingress.arrivals import Arrivals
 from moeray.ingress.http_connections import MAX_HEADERS, MAX_PIPELINED
 from moeray.ingress.http_limits import MAX_JSON_DEPTH, UPLOAD_MARGIN_BYTES, depth_exceeds
-from moeray.ingress.http_server import start_http
+from moeray.ingress.http_server import add_health, start_http
+
+if TYPE_CHECKING:
+    from moeray.ingress.shard_pool import ShardPool
 
 SMALL = {"max_body_bytes": 4096, "max_bodies_bytes": 8192, "max_header_bytes": 2048}
 WAIT_S = 60
@@ -314,6 +317,13 @@ async def test_requests_that_wait_behind_a_slow_one_are_bounded() -> None:
 async def test_what_is_no_http_is_a_400(raw: bytes) -> None:
     async with door() as at:
         assert (await at.send(raw))[0] == 400
+
+
+def test_the_openapi_document_can_be_made_and_names_health() -> None:
+    app, pool = FastAPI(), cast("ShardPool", None)
+    add_health(app, pool)
+
+    assert "/health" in app.openapi()["paths"]
 
 
 async def test_an_upgrade_is_not_taken() -> None:
