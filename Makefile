@@ -7,6 +7,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 REPORT_ARGS ?=
 CHAOS_ARGS ?=
+FUZZ_ARGS ?=
 # How uv finds torch's CPU build when it resolves; empty where UV_FIND_LINKS or UV_INDEX already has it.
 UV_TORCH ?= --torch-backend cpu
 
@@ -14,7 +15,7 @@ CODE := cluster model_plugins deployments scripts tests benchmarks
 BIN := $(abspath $(VENV))/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full test-deploy correctness check lint fmt types imports fast-test chaos bench bench-hop bench-network bench-step bench-ingress tiny-model proto api-docs wheel lock clean
+.PHONY: help setup demo test test-full test-deploy correctness check lint fmt types imports fast-test fuzz chaos bench bench-hop bench-network bench-step bench-ingress tiny-model proto api-docs wheel lock clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -78,6 +79,9 @@ bench-ingress: setup  ## The front door beside bare vllm serve and Ray Serve LLM
 
 chaos: setup  ## Five minutes of faults in a cluster under load, every kind, every answer checked (CHAOS_ARGS="--seed 7 --json FILE")
 	$(BIN)/python tests/chaos/run.py --seconds 300 --every-kind --overlap $(CHAOS_ARGS)
+
+fuzz: setup  ## 20,000 hostile requests against a real ingress (FUZZ_ARGS="--cases 1000 --seed 7"; half an hour)
+	$(BIN)/python tests/fuzz/run.py $(FUZZ_ARGS)
 
 tiny-model: setup  ## Make, train and evaluate the bundled model from scratch in build/moeray-tiny (an hour on one core)
 	$(BIN)/python -m moeray.tiny.train --out build/moeray-tiny

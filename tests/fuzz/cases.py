@@ -1,0 +1,233 @@
+"""What is sent: requests made from the served OpenAPI document and the proto's descriptors, and bytes that are neither.
+
+Each case is one request and one check (`Target.saw`).
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import Any
+
+import grpc
+from front_process import MODEL, chat
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.json_format import ParseDict
+from google.protobuf.message import Message
+from google.rpc import status_pb2
+from hypothesis import strategies as st
+from target import Target
+
+from moeray.v1 import inference_pb2 as pb
+
+TOKENS = [
+    "<|User|>",
+    "<｜User｜>",
+    "<｜Assistant｜>",
+    "<｜begin▁of▁sentence｜>",
+    "<think>",
+    "</think>",
+    "<｜DSML｜function_calls>",
+    "\x00",
+]
+_texts = st.text(max_size=40) | st.sampled_from(
+    [*TOKENS, "(a+)+$", "{" * 50, "%s%n", "../../etc/passwd", "a" * 5000, "\ud800"]
+)
+_numbers = st.integers() | st.floats() | st.sampled_from([-1, 0, 1, 2**31, 2**63, 10**30, 1e308])
+_json = st.recursive(
+    st.none() | st.booleans() | _numbers | _texts,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_texts, inner, max_size=4),
+    max_leaves=8,
+)
+BASES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": chat(max_tokens=2),
+    "/v1/completions": {"model": MODEL, "prompt": "hi", "max_tokens": 2},
+    "/v1/responses": {"model": MODEL, "input": "hi", "max_output_tokens": 2, "store": False},
+    "/v1/messages": {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
+    "/v1/messages/count_tokens": {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]},
+    "/tokenize": {"model": MODEL, "prompt": "hi"},
+    "/detokenize": {"model": MODEL, "tokens": [1, 2]},
+}
+BOUNDED = {"max_tokens", "max_completion_tokens", "max_output_tokens", "n", "best_of", "min_tokens"}
+"""Left small: a case must end."""
+
+
+def json_bodies(document: dict[str, Any]) -> st.SearchStrategy[tuple[str, bytes]]:
+    """(path, body): a valid request of which the document's own fields hold something else."""
+    paths = [path for path in BASES if path in document["paths"]]
+    return st.sampled_from(paths).flatmap(lambda path: _changed(path, document))
+
+
+def _changed(path: str, document: dict[str, Any]) -> st.SearchStrategy[tuple[str, bytes]]:
+    content = document["paths"][path]["post"].get("requestBody", {}).get("content", {})
+    schema = _resolved(content.get("application/json", {}).get("schema", {}), document)
+    options = [_resolved(each, document) for each in schema.get("anyOf", [schema])]
+    fields = {name: field for each in options for name, field in each.get("properties", {}).items()} or BASES[path]
+    changes = st.lists(
+        st.sampled_from(sorted(fields)).flatmap(lambda name: _value(name, fields[name], document)),
+        min_size=1,
+        max_size=3,
+    )
+    return changes.map(lambda pairs: (path, json.dumps(BASES[path] | dict(pairs)).encode()))
+
+
+def _value(name: str, field: Any, document: dict[str, Any]) -> st.SearchStrategy[tuple[str, Any]]:
+    fitting = _fitting(field, document, 3) if isinstance(field, dict) else _json
+    values = st.integers(-2, 4) | _texts if name in BOUNDED else fitting | _json
+    return st.tuples(st.just(name), values)
+
+
+def _fitting(schema: dict[str, Any], document: dict[str, Any], depth: int) -> st.SearchStrategy[Any]:
+    """Values that the schema may take, more or less."""
+    schema = _resolved(schema, document)
+    if depth == 0:
+        return _json
+    if "enum" in schema or "const" in schema:
+        return st.sampled_from(schema.get("enum") or [schema["const"]])
+    for key in ("anyOf", "oneOf", "allOf"):
+        if key in schema:
+            return st.one_of(*(_fitting(each, document, depth - 1) for each in schema[key][:12]))
+    kind = schema.get("type")
+    if kind == "array":
+        return st.lists(_fitting(schema.get("items", {}), document, depth - 1), max_size=3)
+    if kind == "object" and schema.get("properties"):
+        required = set(schema.get("required", ()))
+        parts = {name: _fitting(each, document, depth - 1) for name, each in schema["properties"].items()}
+        return st.fixed_dictionaries(
+            {name: parts[name] for name in parts if name in required},
+            optional={name: parts[name] for name in parts if name not in required},
+        )
+    simple = {"string": _texts, "integer": _numbers, "number": _numbers, "boolean": st.booleans(), "null": st.none()}
+    return simple.get(str(kind), _json)
+
+
+def _resolved(schema: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:
+    while "$ref" in schema:
+        schema = document["components"]["schemas"][schema["$ref"].rsplit("/", 1)[1]]
+    return schema
+
+
+def send_json(target: Target, path: str, body: bytes) -> None:
+    connection = target.connection()
+    try:
+        connection.request("POST", path, body, target.headers | {"content-type": "application/json"})
+        answer = connection.getresponse()
+        target.saw(f"json {path}", str(answer.status), answer.read() + str(answer.headers).encode())
+    finally:
+        connection.close()
+
+
+_VALID = (
+    b"POST /v1/completions HTTP/1.1\r\nhost: a\r\nconnection: close\r\nauthorization: Bearer %s\r\n"
+    b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%s"
+)
+
+
+@st.composite
+def raw_http(draw: st.DrawFn, key: str) -> bytes:
+    """A valid request with a few bytes that are not its own, or bytes alone."""
+    if draw(st.integers(0, 3)) == 0:
+        return draw(st.binary(max_size=200)) + b"\r\n\r\n"
+    body = json.dumps(BASES["/v1/completions"]).encode()
+    raw = bytearray(_VALID % (key.encode(), len(body), body))
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, len(raw)))
+        raw[at : at + draw(st.integers(0, 4))] = draw(
+            st.binary(max_size=6) | st.sampled_from([b"\r\n", b"\0", b": ", b"\xff" * 9])
+        )
+    return bytes(raw)
+
+
+def send_raw(target: Target, raw: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", target.http_port), timeout=60) as peer:
+        try:
+            peer.sendall(raw)
+            peer.shutdown(socket.SHUT_WR)
+            got = b""
+            while part := peer.recv(65536):
+                got += part
+        except ConnectionError:
+            got = b""
+    target.saw("raw http", got[9:12].decode("latin-1") if got.startswith(b"HTTP/1.1 ") else "closed", got)
+
+
+METHODS = {"Chat": pb.ChatRequest, "ChatStream": pb.ChatRequest, "Complete": pb.CompletionRequest,
+           "CompleteStream": pb.CompletionRequest, "ListModels": pb.ListModelsRequest}  # fmt: skip
+_INTS = {FieldDescriptor.CPPTYPE_INT32: (-(2**31), 2**31 - 1), FieldDescriptor.CPPTYPE_INT64: (-(2**63), 2**63 - 1)}
+
+
+@st.composite
+def fill(draw: st.DrawFn, message: Message, depth: int = 4) -> Message:
+    """Set some of its fields to whatever their types allow."""
+    for field in message.DESCRIPTOR.fields:
+        if draw(st.integers(0, 5)) or (depth == 0 and field.message_type is not None):
+            continue
+        if field.message_type is not None and field.message_type.GetOptions().map_entry:
+            continue
+        into = getattr(message, field.name)
+        if field.message_type is not None and field.is_repeated:
+            for _ in range(draw(st.integers(0, 2))):
+                draw(fill(into.add(), depth - 1))
+        elif field.message_type is not None:
+            into.SetInParent()
+            draw(fill(into, depth - 1))
+        elif field.name in BOUNDED:
+            setattr(message, field.name, draw(st.integers(-2, 4)))
+        elif field.is_repeated:
+            into.extend(draw(st.lists(_scalar(field), max_size=3)))
+        else:
+            setattr(message, field.name, draw(_scalar(field)))
+    return message
+
+
+def _scalar(field: FieldDescriptor) -> st.SearchStrategy[Any]:
+    if field.cpp_type in _INTS:
+        least, most = _INTS[field.cpp_type]
+        return st.integers(least, most) | st.integers(-3, 30)
+    if field.cpp_type == FieldDescriptor.CPPTYPE_BOOL:
+        return st.booleans()
+    if field.cpp_type == FieldDescriptor.CPPTYPE_DOUBLE:
+        return st.floats() | st.floats(0, 1)
+    if field.cpp_type == FieldDescriptor.CPPTYPE_STRING:
+        return st.text(max_size=30) | st.sampled_from([*TOKENS, "user", "text", "json_object", "json_schema", MODEL])
+    return st.integers(0, 2)  # an enum
+
+
+@st.composite
+def messages(draw: st.DrawFn) -> tuple[str, bytes]:
+    """(method, message): of the method's type."""
+    method = draw(st.sampled_from(sorted(METHODS)))
+    message = METHODS[method]()
+    if method != "ListModels":
+        base = BASES["/v1/chat/completions" if "Chat" in method else "/v1/completions"]
+        ParseDict(base if "Chat" in method else {**base, "prompt": ["hi"]}, message)
+    return method, draw(fill(message)).SerializeToString()
+
+
+@st.composite
+def message_bytes(draw: st.DrawFn) -> tuple[str, bytes]:
+    """(method, message): bytes that are perhaps no message."""
+    method, raw = draw(messages())
+    if draw(st.booleans()):
+        return method, draw(st.binary(max_size=300))
+    changed = bytearray(raw)
+    for _ in range(draw(st.integers(1, 5))):
+        at = draw(st.integers(0, len(changed)))
+        changed[at : at + draw(st.integers(0, 3))] = draw(st.binary(max_size=4))
+    return draw(st.sampled_from([method, method, method, "Nothing", "../Chat", ""])), bytes(changed)
+
+
+def call(target: Target, channel: grpc.Channel, kind: str, method: str, raw: bytes) -> None:
+    metadata = tuple((name.lower(), value) for name, value in target.headers.items())
+    stub = channel.unary_stream(f"/moeray.v1.Inference/{method}")
+    got = b""
+    try:
+        for part in stub(raw, metadata=metadata, timeout=120):
+            got += part
+        status = "OK"
+    except grpc.RpcError as error:
+        status, got = error.code().name, got + f"{error.details()} {error.trailing_metadata()}".encode()
+        if status in ("INTERNAL", "UNKNOWN"):
+            rich = dict(error.trailing_metadata() or ()).get("grpc-status-details-bin", b"")
+            got += str(status_pb2.Status.FromString(rich)).encode()
+    target.saw(kind, status, got)

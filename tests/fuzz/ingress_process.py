@@ -1,0 +1,33 @@
+"""The ingress under attack, in a process of its own to watch its memory. Arguments: MODEL FOLDER SHARD=ADDRESS."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+from front_process import MODEL
+from tenants import Tenants
+
+from moeray.config import IngressConfig
+from moeray.ingress.server import IngressServer, IngressSettings
+
+
+async def main(model: Path, folder: Path, shard: str) -> None:
+    said = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # vLLM logs to stdout, where the ports alone are read
+    front = {"model": str(model), "model_name": MODEL, "engine_args": {}}
+    limits = IngressConfig(head_timeout_s=5.0, body_timeout_s=5.0)
+    settings = IngressSettings("i0", front, http_port=0, grpc_port=0, limits=limits, **Tenants(folder).settings)
+    server = IngressServer(settings)
+    await server.start()
+    await server.set_shards(dict([shard.split("=")]))
+    while server.describe()["shards"]["s0"]["state"] != "ready":
+        await asyncio.sleep(0.05)
+    print(server.http_port, server.grpc_port, file=said, flush=True)
+    await asyncio.get_running_loop().create_future()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]))
