@@ -1,9 +1,13 @@
-"""An ingress in a process of its own, to be killed. Arguments: MODEL HTTP_PORT GRPC_PORT SHARD=ADDRESS."""
+"""An ingress in a process of its own, to be killed; SIGTERM drains it.
+
+Arguments: MODEL HTTP_PORT GRPC_PORT SHARD=ADDRESS.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -18,12 +22,18 @@ async def main(model: Path, http_port: int, grpc_port: int, shard: str) -> None:
     front = {"model": str(model), "model_name": MODEL, "engine_args": {}}
     settings = IngressSettings("killed", front, http_port=http_port, grpc_port=grpc_port, shares_ports=True)
     server = IngressServer(settings)
-    await server.start()
-    await server.set_shards(dict([shard.split("=")]))
-    while server.describe()["shards"]["s0"]["state"] != "ready":
-        await asyncio.sleep(0.05)
+
+    async def link() -> None:  # as a replica: beside another ingress it serves only once it has a shard
+        await server.set_shards(dict([shard.split("=")]))
+        while not server.is_serving:
+            await asyncio.sleep(0.05)
+
+    await server.start(link)
     print(server.http_port, server.grpc_port, file=said, flush=True)
-    await asyncio.get_running_loop().create_future()
+    told = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told.set)
+    await told.wait()
+    await server.stop(200)
 
 
 if __name__ == "__main__":

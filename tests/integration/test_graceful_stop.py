@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import http.client
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from google.protobuf.json_format import ParseDict
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
+from test_two_ingresses import IngressProcess
 
 from moeray.ingress import stopping
 from moeray.v1 import inference_pb2 as pb
@@ -152,3 +154,57 @@ def test_a_request_that_is_on_its_way_when_the_stop_begins_is_answered(
     assert (answered.status, answered.headers["connection"]) == (200, "close"), answered.read()
     answered.read()
     stopped.result(60)
+
+
+@pytest.mark.full
+def test_a_rolling_restart_of_two_ingresses_costs_no_request(model: Path, shared_shard: ShardProcess) -> None:
+    """Of clients that connect for each request, those of gRPC with the documented policy, and long streams."""
+    first = IngressProcess(model, shared_shard)
+    running = [first, IngressProcess(model, shared_shard, first.http_port, first.grpc_port)]
+    answers: list[Any] = []
+    failures: list[Exception] = []
+    is_over = threading.Event()
+
+    def keep_asking(ask: Callable[[], Any]) -> None:
+        while not is_over.is_set():
+            try:
+                answers.append(ask())
+            except Exception as error:  # noqa: BLE001  counted below
+                failures.append(error)
+
+    def over_http() -> Any:
+        connection = http.client.HTTPConnection("127.0.0.1", first.http_port, timeout=120)
+        status, body, _ = asked(connection, "POST", CHAT, chat(max_tokens=2))
+        assert status == 200, body
+        connection.close()
+        return body
+
+    retry = {"maxAttempts": 5, "initialBackoff": "0.2s", "maxBackoff": "5s", "backoffMultiplier": 2}
+    policy = {"name": [{}], "retryPolicy": retry | {"retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"]}}
+    options = [("grpc.service_config", json.dumps({"methodConfig": [policy]}))]
+    with grpc.insecure_channel(first.grpc, options) as channel:
+        message = ParseDict(chat(max_tokens=2), pb.ChatRequest())
+        threads = [threading.Thread(target=keep_asking, args=(over_http,)) for _ in range(2)]
+        stub = InferenceStub(channel)
+        threads += [threading.Thread(target=keep_asking, args=(lambda: stub.Chat(message, timeout=120),))]
+        for thread in threads:
+            thread.start()
+        streams = [Asked(first, CHAT, chat(max_tokens=300, ignore_eos=True), stream=True) for _ in range(4)]
+        try:
+            for number in range(2):
+                before = len(answers)
+                until(lambda before=before: len(answers) > before + 5, 120)  # type: ignore[misc]
+                running[number].process.terminate()
+                assert running[number].process.wait(240) == 0
+                if not number:
+                    running.append(IngressProcess(model, shared_shard, first.http_port, first.grpc_port))
+            ends = [stream.end() for stream in streams]
+        finally:
+            is_over.set()
+            for thread in threads:
+                thread.join(120)
+            for ingress in running:
+                ingress.process.kill()
+                ingress.process.wait()
+    assert not failures and len(answers) > 20
+    assert [end.choices[0].finish for end in ends] == ["length"] * 4

@@ -89,6 +89,11 @@ class HttpServer(uvicorn.Server):
     def num_connections(self) -> int:
         return len(self.server_state.connections) + len(self._late)
 
+    @property
+    def num_unasked(self) -> int:
+        """Connections on which no request has come yet: one must be on its way."""
+        return len(self._late) + sum(getattr(each, "cycle", None) is None for each in self.server_state.connections)
+
     def leave(self) -> None:
         """Stop listening. Connections that the kernel has given to this ingress already are taken: it would reset them,
         also where another ingress listens.

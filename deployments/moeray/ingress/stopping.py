@@ -1,8 +1,8 @@
 """How an ingress stops: nothing new comes, what is there is answered, what takes too long is told so.
 
 At once: not ready, no new connections (another ingress of this node takes them, if there is one), GOAWAY to gRPC's
-clients, and `Connection: close` on every HTTP answer that begins. What was on its way on open connections is served for
-SETTLE_S more, and refused (503) after that. Idle connections close. Streams end by themselves within the drain time;
+clients, and `Connection: close` on every HTTP answer that begins. A connection that has asked nothing yet has SETTLE_S
+to do it; what comes later is refused (503). Idle connections close. Streams end by themselves within the drain time;
 the others get an error that says why and that another try is worth it.
 """
 
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SETTLE_S, SETTLE_STEP_S = 0.5, 0.02
+SETTLE_S, SETTLE_STEP_S = 5.0, 0.02
+SEEN_S = 0.2
+"""Until the loop has made a connection of every one that it has accepted."""
 FLUSH_S = 2.0
 """How long an answer that is complete may take to its client."""
 
@@ -48,7 +50,8 @@ async def drain(
     if http is not None:
         http.leave()
         settled = loop.time() + min(SETTLE_S, drain_s)
-        while http.num_connections and loop.time() < settled:
+        seen = loop.time() + min(SEEN_S, drain_s)
+        while loop.time() < seen or (http.num_unasked and loop.time() < settled):
             await asyncio.sleep(SETTLE_STEP_S)
         arrivals.close()
         http.close_idle()
