@@ -48,6 +48,8 @@ MODEL = "moeray-tiny"
 BASELINE, OURS, TENANTS, RAY = "vllm serve", "moeray", "moeray, tenants", "Ray Serve LLM"
 MAX_ADDED_MS, MIN_THROUGHPUT = 1.5, 0.95
 WARM_UP = 8
+BESIDE_RAY = " beside Ray"
+"""After the name of a door that was measured while Ray ran."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ def main() -> None:
         found, notes = uvloop.run(trace(effort)), {}
     else:
         found, notes = uvloop.run(measure(effort, with_ray=not options.without_ray))
+    if not options.layers:
+        print("\n".join(verdicts(found)))
     if options.json:
         records.write(options.json, found, rounds=effort.rounds, **notes)
 
@@ -137,7 +141,7 @@ async def measure(effort: Effort, *, with_ray: bool) -> tuple[list[Record], dict
         if with_ray:
             try:
                 theirs = stack.enter_context(doors.ray_serve_llm(model, MODEL, log))
-                found += await _compare([baseline, own[0], theirs], effort, effort.rounds_with_ray, " beside Ray")
+                found += await _compare([baseline, own[0], theirs], effort, effort.rounds_with_ray, BESIDE_RAY)
             except NotServed as error:
                 notes[RAY] = str(error)
                 print(f"{RAY}: {error}", flush=True)
@@ -208,6 +212,29 @@ def _against(own: Sequence[Window], bare: Sequence[Window]) -> dict[str, float]:
         "added_ms_max": round(max(added), 2),
         **{f"throughput_{name}": value for name, value in ratios.items()},
     }
+
+
+def verdicts(found: Sequence[Record]) -> list[str]:
+    """A line for each target: what it is, what was measured, whether it is met."""
+    lines = []
+    for each in found:
+        if each["door"] in (OURS, TENANTS):
+            added, ratio, who = each["added_ms"], each["throughput_ratio"], f"{each['door']}, {each['clients']} clients"
+            lines.append(_verdict(f"{who}: added <= {MAX_ADDED_MS} ms", f"{added:+.2f} ms", added <= MAX_ADDED_MS))
+            least = f"{who}: >= {MIN_THROUGHPUT} of {BASELINE}'s tokens/s"
+            lines.append(_verdict(least, f"{ratio:.3f}", ratio >= MIN_THROUGHPUT))
+    theirs = {each["clients"]: each for each in found if each["door"] == RAY}
+    for each in found:
+        if each["door"] == f"{OURS}{BESIDE_RAY}":
+            other, who = theirs[each["clients"]], f"{OURS}, {each['clients']} clients, beats {RAY}"
+            for key, sign, unit in (("ttft_p50_ms", -1, "ms to the first token"), ("tokens_per_s", 1, "tokens/s")):
+                wins = sign * (each[key] - other[key]) > 0
+                lines.append(_verdict(f"{who}: {unit}", f"{each[key]:.1f} to {other[key]:.1f}", wins))
+    return lines
+
+
+def _verdict(target: str, measured: str, met: bool) -> str:
+    return f"{target}: {measured}, {'met' if met else 'MISSED'}"
 
 
 def describe(record: Record) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from callers import Answer
 from door_layers import CLIENT, FROM_ENGINE, Marks, layers
-from ingress import BASELINE, OURS, Window, records_of
+from ingress import BASELINE, BESIDE_RAY, OURS, RAY, Window, records_of, verdicts
 from tables import ingress_table, layers_table
 from traced import POINTS
 
@@ -25,6 +25,14 @@ def test_doors_are_compared_round_by_round() -> None:
 def test_every_door_has_its_line() -> None:
     lines = ingress_table(records_of(8, WINDOWS)).splitlines()
     assert [line.split(" | ")[1] for line in lines[2:]] == [BASELINE, OURS]
+
+
+def test_a_missed_target_is_said() -> None:
+    said = verdicts(records_of(8, WINDOWS))
+    assert [line.rpartition(", ")[2] for line in said] == ["MISSED", "met"]
+    slow = records_of(8, WINDOWS | {RAY: [Window([30.0], 40.0, {"front": 9.0})] * 2})
+    slow[1]["door"] += BESIDE_RAY
+    assert [line.rpartition(", ")[2] for line in verdicts(slow)] == ["met", "met"]
 
 
 def marks_of(*times: tuple[str, list[float]]) -> Marks:
