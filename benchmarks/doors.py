@@ -204,13 +204,14 @@ def wait_served(doors: Sequence[Door]) -> None:
     """Until each answers on HTTP (or its process' HTTP does)."""
     for door in doors:
         if door.protocol == "http":
-            _wait(f"http://{HOST}:{door.port}/health", door)
+            _wait(door)
 
 
-def _wait(url: str, door: Door) -> None:
+def _wait(door: Door) -> None:
+    listing = urllib.request.Request(f"http://{HOST}:{door.port}/v1/models", headers=door.headers)
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
-        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310
+        with contextlib.suppress(OSError), urllib.request.urlopen(listing, timeout=5) as answer:  # noqa: S310
             if answer.status == 200:
                 return
         if not all(map(_lives, door.roots.values())):

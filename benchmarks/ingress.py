@@ -87,8 +87,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the records there")
     options = parser.parse_args()
     effort = QUICK if options.quick else THOROUGH
+    notes: dict[str, str] = {}
     if options.layers:
-        found, notes = uvloop.run(trace(effort)), {}
+        found = uvloop.run(trace(effort))
     else:
         found, notes = uvloop.run(measure(effort, with_ray=not options.without_ray))
     if not options.layers:

@@ -55,7 +55,7 @@ def main() -> None:
             _watch(name, importlib.import_module(where), function, when)
     threading.Thread(target=_write, args=(Path(file),), daemon=True, name="marks").start()
     run = runpy.run_path if module.endswith(".py") else functools.partial(runpy.run_module, alter_sys=True)
-    run(module, run_name="__main__")  # type: ignore[operator]
+    run(module, run_name="__main__")
 
 
 def _write(file: Path) -> None:
