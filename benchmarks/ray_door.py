@@ -22,6 +22,8 @@ _EMPTY = {
 def main(model: str, name: str, port: int) -> None:
     said = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    for check in ("HEALTH", "READY"):  # a machine that starts other engines meanwhile is slow
+        os.environ[f"RAY_SERVE_PROXY_{check}_CHECK_TIMEOUT_S"] = "120"
     with tempfile.TemporaryDirectory(prefix="moeray-bench-") as folder:
         if find_spec("pyarrow") is None:
             _stand_in(Path(folder))
