@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from moeray.attention_shard.spec import ShardSpec, decode_event, encode_spec
 
 HOST = "127.0.0.1"
 HERE = Path(__file__).parent
-START_S = 300.0
+START_S, RAY_START_S = 300.0, 180.0
 STOP_S = 20.0
 ENGINE = "VLLM::"
 """How vLLM names the processes of an engine."""
@@ -187,6 +188,8 @@ def ray_serve_llm(model: Path, name: str, log: Path) -> Iterator[Door]:
     line = [sys.executable, str(HERE / "ray_door.py"), str(model), name, str(port)]
     with _process(line, log, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
+        if not select.select([process.stdout], [], [], RAY_START_S)[0]:
+            raise NotServed(f"not served after {RAY_START_S:g} s: {_last_line(log)}")
         said = process.stdout.readline()
         if not said:
             raise NotServed(f"it ended with {process.wait(STOP_S)}: {_last_line(log)}")

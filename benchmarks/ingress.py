@@ -143,7 +143,7 @@ async def measure(effort: Effort, *, with_ray: bool) -> tuple[list[Record], dict
             try:
                 theirs = stack.enter_context(doors.ray_serve_llm(model, MODEL, log))
                 found += await _compare([baseline, own[0], theirs], effort, effort.rounds_with_ray, BESIDE_RAY)
-            except NotServed as error:
+            except (NotServed, ExceptionGroup) as error:  # the others' results stand
                 notes[RAY] = str(error)
                 print(f"{RAY}: {error}", flush=True)
     return found, notes
