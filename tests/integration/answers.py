@@ -73,7 +73,7 @@ class Choice:
 
 @dataclass
 class Answer:
-    """What a client got. `gaps_s`: between the chunks of a stream after the first token; `messages`: each as it came."""
+    """What a client got. `gaps_s`: between the chunks of a stream after the first token; `messages`: each of them."""
 
     choices: dict[int, Choice] = field(default_factory=dict)
     usage: dict[str, Any] | None = None
