@@ -113,7 +113,7 @@ def test_what_workers_say_reaches_the_replica_and_they_are_told_their_limits(mon
     os.close(write)
     with os.fdopen(read, "rb") as lines:
         events = [decode_event(line) for line in lines]
-    assert [each.event for each in events] == ["progress", "ready", "accused", "waiting", "resumed", "lost"]
-    assert (events[2].group, events[2].text, events[2].charge) == ("group-a", "end of file", Charge.BAD)
+    assert [each.event for each in events] == ["progress"] * 2 + ["ready", "accused", "waiting", "resumed", "lost"]
+    assert (events[3].group, events[3].text, events[3].charge) == ("group-a", "end of file", Charge.BAD)
     assert events[-1].text == "was killed by SIGKILL"
-    assert engine.asked == [("moeray_guard", 7.0, 77.0)]
+    assert engine.asked == [("moeray_warm_up",), ("moeray_guard", 7.0, 77.0)]
