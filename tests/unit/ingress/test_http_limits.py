@@ -17,7 +17,7 @@ from moeray.config import BatchConfig, ConfigError, IngressConfig, parse_config
 from moeray.ingress.arrivals import Arrivals
 from moeray.ingress.http_connections import MAX_HEADERS, MAX_PIPELINED
 from moeray.ingress.http_limits import MAX_JSON_DEPTH, UPLOAD_MARGIN_BYTES, depth_exceeds
-from moeray.ingress.http_server import add_health, start_http
+from moeray.ingress.http_server import add_probes, start_http
 
 if TYPE_CHECKING:
     from moeray.ingress.shard_pool import ShardPool
@@ -321,7 +321,7 @@ async def test_what_is_no_http_is_a_400(raw: bytes) -> None:
 
 def test_the_openapi_document_can_be_made_and_names_health() -> None:
     app, pool = FastAPI(), cast("ShardPool", None)
-    add_health(app, pool)
+    add_probes(app, pool, Arrivals(), lambda: "")
 
     assert "/health" in app.openapi()["paths"]
 
