@@ -43,6 +43,7 @@ class SelfTest:
             threading.Thread(target=self._run, args=(layer,), name="moeray-self-test", daemon=True).start()
 
     def _run(self, layer: int) -> None:
+        experts: tuple[int, ...] = ()
         try:
             experts = self._held().get(layer, ())
             generator = torch.Generator().manual_seed(layer)

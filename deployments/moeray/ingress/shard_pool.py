@@ -35,6 +35,7 @@ MAX_UNREAD_STEPS = 1000
 """Engine steps that may wait for the front; above it the links are not read, and the shards hold the rest."""
 WAIT_S = 60.0
 """How long a request waits for a shard, if `ingress.max_wait_s` is not shorter."""
+STOPPING = "the ingress is stopping"
 PAUSE_S = 0.5
 """A linked shard that refuses a request is left alone for so long."""
 
@@ -117,8 +118,11 @@ class ShardPool:
     async def set_shards(self, shards: Mapping[str, str]) -> None:
         """Make the pool exactly these shards (name -> host:port).
 
-        A shard that is no longer named takes nothing new; what it runs goes on until it ends or the link does.
+        A shard that is no longer named takes nothing new; what it runs goes on until it ends or the link does. A pool
+        that closes opens no link any more.
         """
+        if self._is_closing:
+            return
         for name, link in list(self._links.items()):
             if name not in shards and self._load[name]:
                 self._leaving.add(name)
@@ -132,12 +136,13 @@ class ShardPool:
                 )
 
     async def close(self) -> None:
-        """What still runs or waits fails."""
+        """What still runs or waits fails, and whatever comes afterwards."""
         self._is_closing = True
+        self.hold(STOPPING)
         for name in list(self._links):
             await self._remove(name)
         for known in list(self.in_flight.values()):
-            self._fail(known, NoShardReady("the ingress is stopping"))
+            self._fail(known, NoShardReady(STOPPING))
 
     async def _remove(self, shard: str) -> None:
         self._leaving.discard(shard)
@@ -159,7 +164,10 @@ class ShardPool:
 
     async def add(self, request: EngineCoreRequest) -> None:
         known = self.in_flight[request.request_id] = InFlight(request, asyncio.get_running_loop().time())
-        self._place(known)
+        if self._is_closing:  # it was admitted before
+            self._fail(known, NoShardReady(STOPPING))
+        else:
+            self._place(known)
 
     async def abort(self, request_ids: list[str]) -> None:
         by_shard: dict[str, list[str]] = {}
@@ -279,7 +287,7 @@ class ShardPool:
         stalled_s = min(now - known.progress_at, now - self._waiting_since.get(shard, now))
         self._leave(known, loss, why)
         if self._is_closing:
-            self._fail(known, NoShardReady("the ingress is stopping"))
+            self._fail(known, NoShardReady(STOPPING))
         elif (error := known.why_not_again(shard, loss, why, stalled_s=stalled_s, stall_s=self._stall_s)) is not None:
             self._fail(known, error)
         else:

@@ -213,7 +213,7 @@ class _Reader:
         """It has ended, or the client is gone; idempotent."""
         self._timer.cancel()
         if self._ending is not None:
-            await self._ending
+            await asyncio.shield(self._ending)  # it tells the pool, whatever becomes of who waits here
 
     def _look(self) -> None:
         now = self._loop.time()

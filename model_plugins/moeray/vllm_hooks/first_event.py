@@ -7,7 +7,6 @@ errors would come as an event after 200, or end the connection.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
@@ -70,8 +69,11 @@ async def _whole(first: asyncio.Future[list[Any]], stream: AsyncGenerator[Any, N
 
 
 async def _end(first: asyncio.Future[list[Any]], stream: AsyncGenerator[Any, None]) -> None:
-    if not first.done():
-        first.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await first
-    await stream.aclose()
+    try:
+        if not first.done():
+            first.cancel()
+            await asyncio.wait({first})  # however it ends
+            if not first.cancelled():
+                first.exception()  # read, or asyncio reports it as lost
+    finally:
+        await stream.aclose()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from echo_shards import INGRESS, NEED, Shard, all_ready, cluster, passed_on, request, until
+from echo_shards import INGRESS, NEED, Shard, all_ready, begin, cluster, failure, passed_on, request, until
 from vllm.v1.engine import EngineCoreOutputs, FinishReason
 
 from moeray.ingress.shard_pool import ShardPool
@@ -176,5 +176,23 @@ def test_what_the_front_does_not_read_stays_with_the_shard_and_is_not_lost() -> 
             assert len(passed) < steps, "the queue of what waits for the front has no bound"
             for token in range(steps):
                 assert await passed_on(pool) == {"r": [token]}
+
+    asyncio.run(scenario())
+
+
+def test_a_pool_that_has_closed_takes_nothing_and_opens_no_link() -> None:
+    async def scenario() -> None:
+        a = Shard("a")
+        async with cluster(a) as pool:
+            await begin(pool, a)
+            await pool.close()
+            assert isinstance((await failure(pool)).error, NoShardReady)
+            await pool.add(request("late"))
+            late = await failure(pool)
+            assert late.request_id == "late" and "stopping" in str(late.error) and not pool.in_flight
+            await pool.set_shards({"a": a.address})
+            assert pool.describe() == {}
+            with pytest.raises(NoShardReady, match="stopping"):
+                pool.admit(NEED)
 
     asyncio.run(scenario())

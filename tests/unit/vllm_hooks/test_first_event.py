@@ -105,3 +105,25 @@ async def test_an_answer_that_is_no_stream_and_an_empty_stream_are_left_alone() 
 
     assert await answered(whole)() == "whole"
     assert [event async for event in await answered(Stream().create)()] == []
+
+
+async def test_a_stream_that_fails_while_it_is_cancelled_is_closed_too() -> None:
+    class Sore(Stream):
+        async def events(self) -> AsyncGenerator[Any, None]:
+            try:
+                await asyncio.Event().wait()
+                yield ""
+            except asyncio.CancelledError:
+                raise RuntimeError("not like this") from None
+            finally:
+                self.closed = True
+
+    stream = Sore()
+    begun = await answered(stream.create)()
+    await begun.aclose()
+    asked = asyncio.create_task(answered(stream.create)())
+    await asyncio.sleep(0)
+    asked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asked
+    assert stream.closed

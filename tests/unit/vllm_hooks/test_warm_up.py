@@ -27,3 +27,14 @@ def test_touch_point_counting_ranks_compiles_nothing_after_the_warm_up() -> None
     with torch.compiler.set_stance("fail_on_recompile"):
         for num_rows in (1, 2, 7):
             gather(num_rows, VOCAB)
+
+
+def test_an_engine_without_a_compiler_starts_and_says_what_will_fail(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(Sampler, "gather_logprobs", staticmethod(fails))
+    compile_logprobs(VOCAB, torch.device("cpu"))
+    assert "log-probabilities will fail" in caplog.text
