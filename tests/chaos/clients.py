@@ -79,6 +79,8 @@ def perform(ask: Ask, endpoints: dict[str, str]) -> Outcome:
         outcome.failure = str(error)
     except Cut as error:
         outcome.failure, outcome.cut = str(error), True
+    except Exception as error:  # noqa: BLE001  an answer that nobody can read is a failed one, not the end of a client
+        outcome.failure = f"{type(error).__name__}: {error}"
     finally:
         chunks.close()  # type: ignore[attr-defined]
         outcome.ended = time.monotonic()

@@ -101,9 +101,7 @@ def run(plan: Plan, say: Say = print) -> Findings:
             pauses.stop()
             if plan.logs is not None:
                 shutil.copytree(Path("/tmp/ray/session_latest/logs").resolve(), plan.logs, dirs_exist_ok=True)
-        failures, quiet_stall_s = attribute(
-            events, load.outcomes, lambda outcome: what_is_wrong(outcome, right), pauses.found
-        )
+        failures, quiet_stall_s = attribute(events, load.outcomes, lambda outcome: what_is_wrong(outcome, right))
         return Findings(
             plan.seed, events, len(load.outcomes), failures, quiet_stall_s, first_chunk_s(right.values()),
             long_gaps(load.outcomes), pauses.found,

@@ -61,7 +61,8 @@ class Findings:
         quiet_stall_s: longest gap in a stream that flows and met no fault.
         first_token_s: `first_chunk_s` of the fault-free run.
         long_gaps: (from, to, name of the ask) of every gap of LONG_S and more, on the clock of `Event.injected`.
-        own_pauses: (from, to) when this process itself did not run.
+        own_pauses: (from, to) when this process itself, with its clients, did not run. They excuse nothing: they tell
+            where to look for the reason of a stall.
     """
 
     seed: int
@@ -91,12 +92,10 @@ def attribute(
     events: Sequence[Event],
     outcomes: Iterable[Outcome],
     wrong: Callable[[Outcome], str],
-    own_pauses: Sequence[tuple[float, float]] = (),
 ) -> tuple[list[str], float]:
     """Charge every outcome to the latest fault that began before it ended, and every stall to the faults it meets.
 
-    A broken connection counts as a failure unless the fault killed what the client was connected to. Of a stall, what
-    the clients' own process did not run is nobody's fault.
+    A broken connection counts as a failure unless the fault killed what the client was connected to.
 
     Returns:
         What failed or was wrong, in words; and the longest gap that met no fault.
@@ -106,7 +105,7 @@ def attribute(
     for outcome in outcomes:
         met = [each for each in done if each.began <= outcome.ended and each.ended >= outcome.started]
         for begin, end in outcome.gaps():
-            stall_s = end - begin - _overlap_s(begin, end, own_pauses)
+            stall_s = end - begin
             hit = [each for each in done if each.injected <= end and each.injected + STALL_S >= begin]
             for each in hit:
                 each.stall_s = max(each.stall_s, stall_s)
@@ -130,10 +129,6 @@ def attribute(
             if blamed is not None:
                 blamed.wrong += 1
     return failures, quiet_stall_s
-
-
-def _overlap_s(begin: float, end: float, pauses: Iterable[tuple[float, float]]) -> float:
-    return sum(max(0.0, min(end, until) - max(begin, since)) for since, until in pauses)
 
 
 def long_gaps(outcomes: Iterable[Outcome]) -> list[tuple[float, float, str]]:

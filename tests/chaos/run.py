@@ -60,6 +60,9 @@ def main() -> int:
         print(f"... and {more} more")
     num_faults = len(findings.injected)
     print(f"{findings.num_requests} requests through {num_faults} faults: {len(findings.failures)} failed or wrong")
+    if findings.own_pauses:
+        longest = max(until - since for since, until in findings.own_pauses)
+        print(f"the clients themselves stood still {len(findings.own_pauses)} times, {longest:.2f} s at most")
     print(f"first chunk of a stream without a fault after {findings.first_token_s:.2f} s")
     missed = criteria.missed(findings)
     for word, lines in (("excused", criteria.excused(findings)), ("MISSED", missed)):

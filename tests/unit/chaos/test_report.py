@@ -40,12 +40,6 @@ def test_a_stall_is_charged_to_every_fault_that_it_meets_and_to_none_otherwise()
     assert (failures, one.stall_s, other.stall_s, quiet_s) == ([], 3.5, 0.0, 1.0)
 
 
-def test_what_the_clients_own_process_did_not_run_is_no_stall_of_the_cluster() -> None:
-    one = event("a", 10, 12)
-    attribute([one], [outcome(9, 14, 9.5, 13.0)], never_wrong, own_pauses=[(8.0, 10.0), (12.0, 12.5), (20.0, 30.0)])
-    assert one.stall_s == 3.5 - 0.5 - 0.5
-
-
 def test_long_gaps_are_kept_with_their_time() -> None:
     assert long_gaps([outcome(9, 14, 9.5, 13.0, 13.5), outcome(0, 3, 1.0, 2.0)]) == [
         (1.0, 2.0, "streamed"), (9.5, 13.0, "streamed")
