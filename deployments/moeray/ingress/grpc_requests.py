@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from inspect import iscoroutinefunction
 from typing import Any, TypeAlias
 
 import grpc
@@ -32,8 +33,10 @@ class ReadableRequests(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             return handler
         read = _reading(handler.request_deserializer)
         if handler.response_streaming:
-            streaming = _streaming(handler.unary_stream)
-            made: Handler = grpc.unary_stream_rpc_method_handler(streaming, read, handler.response_serializer)
+            behaviour: Any = handler.unary_stream
+            # gRPC knows two kinds: generators, and coroutines that write (`Watch` of the health service).
+            guarded: Any = _unary(behaviour) if iscoroutinefunction(behaviour) else _streaming(behaviour)
+            made: Handler = grpc.unary_stream_rpc_method_handler(guarded, read, handler.response_serializer)
         else:
             made = grpc.unary_unary_rpc_method_handler(_unary(handler.unary_unary), read, handler.response_serializer)
         return made

@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from moeray.config import IngressConfig
 from moeray.ingress.grpc_server import start_grpc
@@ -69,6 +70,13 @@ async def test_bytes_that_are_no_message_are_an_invalid_argument(address: str, m
                 async for _ in channel.unary_stream(f"/moeray.v1.Inference/{method}")(raw, timeout=WAIT_S):
                     pass
         assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_health_can_be_watched(address: str) -> None:
+    async with grpc.aio.insecure_channel(address) as channel:
+        watched = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=WAIT_S)
+        assert (await watched.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        watched.cancel()
 
 
 def _deep() -> pb.ChatRequest:
