@@ -77,7 +77,7 @@ def test_streams_end_by_themselves_while_nothing_new_is_taken(leaving: Ingress, 
         watched = health_pb2_grpc.HealthStub(channel).Watch(
             health_pb2.HealthCheckRequest(service="moeray.v1.Inference")
         )
-        assert next(watched).status == health_pb2.HealthCheckResponse.SERVING
+        until(lambda: next(watched).status == health_pb2.HealthCheckResponse.SERVING)
         until(lambda: shared_shard.info().num_requests == 2, 60)
         new, ready, alive, other = open_connections(leaving, 4)
 
