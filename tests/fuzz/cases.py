@@ -1,6 +1,6 @@
 """What is sent: requests made from the served OpenAPI document and the proto's descriptors, and bytes that are neither.
 
-Each case is one request and one check (`Target.saw`).
+Each case is one request and one check (`Judge.saw`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
 from google.rpc import status_pb2
 from hypothesis import strategies as st
+from judge import ANSWER_S
 from target import Target
 
 from moeray.v1 import inference_pb2 as pb
@@ -108,19 +109,24 @@ def _resolved(schema: dict[str, Any], document: dict[str, Any]) -> dict[str, Any
 
 
 def send_json(target: Target, path: str, body: bytes) -> None:
-    connection = target.connection()
+    connection, kind = target.connection(), f"json {path}"
     try:
-        connection.request("POST", path, body, target.headers | {"content-type": "application/json"})
+        connection.request("POST", path, body, {**target.headers, "content-type": "application/json"})
         answer = connection.getresponse()
-        target.saw(f"json {path}", str(answer.status), answer.read() + str(answer.headers).encode())
+        got = answer.read() + str(answer.headers).encode()
+    except TimeoutError:
+        target.judge.hung(kind)
     finally:
         connection.close()
+    target.judge.saw(kind, str(answer.status), got)
 
 
-_VALID = (
-    b"POST /v1/completions HTTP/1.1\r\nhost: a\r\nconnection: close\r\nauthorization: Bearer %s\r\n"
-    b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%s"
-)
+def _head(request_line: bytes, key: str, body: bytes, *more: bytes) -> bytes:
+    lines = [
+        request_line, b"host: a", b"connection: close", b"authorization: Bearer " + key.encode(),
+        b"content-type: application/json", b"content-length: %d" % len(body), *more,
+    ]  # fmt: skip
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
 
 @st.composite
@@ -128,9 +134,9 @@ def raw_http(draw: st.DrawFn, key: str) -> bytes:
     """A valid request with a few bytes that are not its own, or bytes alone."""
     if draw(st.integers(0, 3)) == 0:
         return draw(st.binary(max_size=200)) + b"\r\n\r\n"
-    body = json.dumps(BASES["/v1/completions"]).encode()
-    raw = bytearray(_VALID % (key.encode(), len(body), body))
-    for _ in range(draw(st.integers(1, 4))):
+    path = draw(st.sampled_from(sorted(BASES)))
+    raw = bytearray(_head(b"POST " + path.encode() + b" HTTP/1.1", key, json.dumps(BASES[path]).encode()))
+    for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, len(raw)))
         raw[at : at + draw(st.integers(0, 4))] = draw(
             st.binary(max_size=6) | st.sampled_from([b"\r\n", b"\0", b": ", b"\xff" * 9])
@@ -138,30 +144,81 @@ def raw_http(draw: st.DrawFn, key: str) -> bytes:
     return bytes(raw)
 
 
-def send_raw(target: Target, raw: bytes) -> None:
-    with socket.create_connection(("127.0.0.1", target.http_port), timeout=60) as peer:
+_NAMES = ["content-length", "transfer-encoding", "content-encoding", "expect", "upgrade", "accept", "range", "host",
+          "x-request-id", "authorization", "cookie", "te", "trailer", "x-forwarded-for", "content-type"]  # fmt: skip
+_VALUES = ["0", "-1", "99999999999999999999", "chunked", "chunked, chunked", "gzip", "100-continue", "websocket", "h2c",
+           "Bearer ", "Bearer " + "x" * 4000, "multipart/form-data", "multipart/form-data; boundary=a", "*/*",
+           "bytes=0-", "text/plain; charset=utf-7", "\t", "a" * 40_000]  # fmt: skip
+
+
+def shapes(document: dict[str, Any], key: str) -> st.SearchStrategy[bytes]:
+    """Any method at any path, with headers that mean something else than they say, or far too many of them."""
+    methods = st.sampled_from(["GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD", "TRACE", "CONNECT", "PRI", "post"])
+    known = sorted({*document["paths"], *BASES, "/health", "/ready", "/v1/files", "/v1/batches/x", "*", "/"})
+    paths = st.sampled_from(known) | st.sampled_from(known).map(lambda path: f"/..//%2e%2e{path}?a=%00&a[]=b#c")
+    header = st.tuples(st.sampled_from(_NAMES), st.sampled_from(_VALUES)).map(lambda pair: ": ".join(pair).encode())
+    headers = st.lists(header, max_size=4) | st.just([b"x-a: b"] * 200)
+    bodies = st.sampled_from([b"", b"{}", b"[]", b"null", b"5\r\nhello\r\n0\r\n\r\n", b"--a\r\n\r\n--a--"])
+    bodies |= st.just(json.dumps(BASES["/v1/completions"]).encode())
+
+    def request(method: str, path: str, body: bytes, more: list[bytes]) -> bytes:
+        return _head(f"{method} {path} HTTP/1.1".encode(), key, body, *more)
+
+    return st.builds(request, methods, paths, bodies, headers)
+
+
+@st.composite
+def goings(draw: st.DrawFn, key: str) -> tuple[bytes, int]:
+    """(request, bytes of its answer after which its client goes): whole, streamed, or not even sent to its end."""
+    path = draw(st.sampled_from(["/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"]))
+    length = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+    body = json.dumps(BASES[path] | {"stream": draw(st.booleans()), length: draw(st.integers(1, 48))}).encode()
+    raw = _head(b"POST " + path.encode() + b" HTTP/1.1", key, body)
+    return raw[: len(raw) - draw(st.sampled_from([0, 0, 0, 1, len(body)]))], draw(st.sampled_from([0, 1, 200, 900]))
+
+
+def send_raw(target: Target, raw: bytes, kind: str = "raw http") -> None:
+    with socket.create_connection(("127.0.0.1", target.http_port), timeout=ANSWER_S) as peer:
+        got = b""
         try:
             peer.sendall(raw)
             peer.shutdown(socket.SHUT_WR)
-            got = b""
             while part := peer.recv(65536):
                 got += part
-        except ConnectionError:
-            got = b""
-    target.saw("raw http", got[9:12].decode("latin-1") if got.startswith(b"HTTP/1.1 ") else "closed", got)
+        except TimeoutError:
+            target.judge.hung(kind)
+        except OSError:  # it was reset, perhaps before all was sent
+            pass
+    final = got.partition(b"\r\n\r\n")[2] if got.startswith(b"HTTP/1.1 100 ") else got
+    target.judge.saw(kind, final[9:12].decode("latin-1") if final.startswith(b"HTTP/1.1 ") else "closed", got)
+
+
+def send_and_go(target: Target, raw: bytes, num_bytes: int) -> None:
+    """What was read by then is the answer; that nothing is left of the request shows at the end."""
+    got = b""
+    with socket.create_connection(("127.0.0.1", target.http_port), timeout=0.5) as peer:
+        try:
+            peer.sendall(raw)
+            while len(got) < num_bytes and (part := peer.recv(256)):
+                got += part
+        except OSError:  # it waits for the engine, or was reset
+            pass
+    target.judge.saw("gone", got[9:12].decode("latin-1") if got else "gone", got)
 
 
 METHODS = {"Chat": pb.ChatRequest, "ChatStream": pb.ChatRequest, "Complete": pb.CompletionRequest,
-           "CompleteStream": pb.CompletionRequest, "ListModels": pb.ListModelsRequest}  # fmt: skip
+           "CompleteStream": pb.CompletionRequest, "ListModels": pb.ListModelsRequest,
+           "Tokenize": pb.TokenizeRequest, "Detokenize": pb.DetokenizeRequest}  # fmt: skip
+_BASE_OF = {"Chat": "/v1/chat/completions", "ChatStream": "/v1/chat/completions", "Complete": "/v1/completions",
+            "CompleteStream": "/v1/completions", "Tokenize": "/tokenize", "Detokenize": "/detokenize"}  # fmt: skip
 _INTS = {FieldDescriptor.CPPTYPE_INT32: (-(2**31), 2**31 - 1), FieldDescriptor.CPPTYPE_INT64: (-(2**63), 2**63 - 1)}
 
 
 @st.composite
 def fill(draw: st.DrawFn, message: Message, depth: int = 4) -> Message:
-    """Set some of its fields to whatever their types allow."""
-    for field in message.DESCRIPTOR.fields:
-        if draw(st.integers(0, 5)) or (depth == 0 and field.message_type is not None):
-            continue
+    """Set a few of its fields to whatever their types allow."""
+    known = [field for field in message.DESCRIPTOR.fields if depth or field.message_type is None]
+    for field in draw(st.lists(st.sampled_from(known), min_size=1, max_size=3)) if known else ():
         if field.message_type is not None and field.message_type.GetOptions().map_entry:
             continue
         into = getattr(message, field.name)
@@ -198,9 +255,8 @@ def messages(draw: st.DrawFn) -> tuple[str, bytes]:
     """(method, message): of the method's type."""
     method = draw(st.sampled_from(sorted(METHODS)))
     message = METHODS[method]()
-    if method != "ListModels":
-        base = BASES["/v1/chat/completions" if "Chat" in method else "/v1/completions"]
-        ParseDict(base if "Chat" in method else {**base, "prompt": ["hi"]}, message)
+    if (path := _BASE_OF.get(method)) is not None:
+        ParseDict(BASES[path] | ({"prompt": ["hi"]} if "Complete" in method else {}), message)
     return method, draw(fill(message)).SerializeToString()
 
 
@@ -222,12 +278,14 @@ def call(target: Target, channel: grpc.Channel, kind: str, method: str, raw: byt
     stub = channel.unary_stream(f"/moeray.v1.Inference/{method}")
     got = b""
     try:
-        for part in stub(raw, metadata=metadata, timeout=120):
+        for part in stub(raw, metadata=metadata, timeout=ANSWER_S):
             got += part
         status = "OK"
     except grpc.RpcError as error:
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            target.judge.hung(kind)
         status, got = error.code().name, got + f"{error.details()} {error.trailing_metadata()}".encode()
         if status in ("INTERNAL", "UNKNOWN"):
             rich = dict(error.trailing_metadata() or ()).get("grpc-status-details-bin", b"")
             got += str(status_pb2.Status.FromString(rich)).encode()
-    target.saw(kind, status, got)
+    target.judge.saw(kind, status, got)

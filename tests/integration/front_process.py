@@ -30,10 +30,11 @@ MODEL = "moeray-tiny"
 class ShardProcess:
     """`python -m moeray.attention_shard.process`, followed through its events."""
 
-    def __init__(self, name: str, model: Path, port: int = 0, **engine_args: Any) -> None:
-        settings = {"shard": name, "backend": "local", "checkpoint": str(model)}
+    def __init__(self, name: str, model: Path, port: int = 0, *, is_whole: bool = False, **engine_args: Any) -> None:
+        """Args: is_whole: a model that vLLM runs whole, without a hop."""
+        settings = None if is_whole else {"shard": name, "backend": "local", "checkpoint": str(model)}
         engine = {"model": str(model), "model_name": MODEL, "engine_args": engine_args, "moeray": settings}
-        self.spec = ShardSpec(name, engine, port=port, num_threads=1, drain_s=60.0)
+        self.spec = ShardSpec(name, engine, port=port, num_threads=1, drain_s=60.0, wait_for_connect=not is_whole)
         command = [sys.executable, "-m", "moeray.attention_shard.process"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self.process.stdin is not None
@@ -76,10 +77,12 @@ class ShardProcess:
 class Ingress:
     """An IngressServer on an event loop in a thread, called from the test's thread."""
 
-    def __init__(self, model: Path, limits: IngressConfig | None = None, **settings: Any) -> None:
+    def __init__(
+        self, model: Path, limits: IngressConfig | None = None, front: Mapping[str, Any] | None = None, **settings: Any
+    ) -> None:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True, name="ingress").start()
-        front = {"model": str(model), "model_name": MODEL, "engine_args": {}}
+        front = {"model": str(model), "model_name": MODEL, "engine_args": {}, **(front or {})}
         limits = limits or IngressConfig()
         self.server = IngressServer(IngressSettings("i0", front, http_port=0, grpc_port=0, limits=limits, **settings))
         self.call(self.server.start())

@@ -107,6 +107,21 @@ def test_overload_is_refused_before_the_response_and_the_urgent_overtake(small: 
     assert small.post(CHAT, chat())[0] == 200
 
 
+def test_a_request_waits_until_its_own_first_token_whatever_others_are_called(small: Ingress) -> None:
+    Stream.order.clear()
+    with ExitStack() as streams:
+        first = Stream(small, "first", request_id="same")
+        until(lambda: Stream.order == ["first"], 60)
+        assert admission(small)["waiting"] == 0
+        streams.callback(Stream(small, "second", request_id="same").close)
+        until(lambda: admission(small)["waiting"] == 1, 60)
+        assert small.server.num_requests == 2
+        first.close()
+        until(lambda: Stream.order == ["first", "second"], 60)
+        assert admission(small)["waiting"] == 0
+    until(lambda: admission(small)["requests"] == 0, 60)
+
+
 def test_tokens_are_judged_against_what_the_shard_says_it_holds(small: Ingress, one_at_a_time: ShardProcess) -> None:
     described = admission(small)
     assert described["kv_tokens"] > 4096

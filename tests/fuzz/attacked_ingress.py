@@ -1,8 +1,12 @@
-"""The ingress under attack, in a process of its own to watch its memory. Arguments: MODEL FOLDER SHARD=ADDRESS."""
+"""The ingress under attack, in a process of its own to watch its memory. Arguments: MODEL FOLDER SHARD=ADDRESS.
+
+Prints its ports; then, for each line that it reads, how many requests are left where, as JSON.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
 from pathlib import Path
@@ -26,6 +30,9 @@ async def main(model: Path, folder: Path, shard: str) -> None:
     while server.describe()["shards"]["s0"]["state"] != "ready":
         await asyncio.sleep(0.05)
     print(server.http_port, server.grpc_port, file=said, flush=True)
+    while await asyncio.to_thread(sys.stdin.readline):
+        left = {"the pool": server.num_requests, "admission": server.describe()["admission"]["requests"]}
+        print(json.dumps(left), file=said, flush=True)
     await asyncio.get_running_loop().create_future()
 
 
