@@ -15,7 +15,7 @@ CODE := cluster model_plugins deployments scripts tests benchmarks
 BIN := $(abspath $(VENV))/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full test-deploy correctness check lint fmt types imports fast-test fuzz chaos bench bench-hop bench-network bench-step bench-ingress tiny-model proto api-docs wheel lock clean
+.PHONY: help setup demo test test-full test-deploy correctness check lint fmt types imports fast-test fuzz chaos bench bench-hop bench-network bench-step bench-ingress bench-routing tiny-model proto api-docs wheel lock clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -77,10 +77,14 @@ bench-ingress: setup  ## The front door beside bare vllm serve and Ray Serve LLM
 	$(BIN)/python benchmarks/ingress.py --layers --json benchmarks/results/ingress_layers.json $(BENCH_ARGS)
 	$(BIN)/python benchmarks/tables.py
 
+bench-routing: setup  ## Chats over two shards, routed by cached prefix beside round robin -> benchmarks/results/routing.json (four minutes)
+	$(BIN)/python benchmarks/routing.py --json benchmarks/results/routing.json $(BENCH_ARGS)
+	$(BIN)/python benchmarks/tables.py
+
 chaos: setup  ## Five minutes of faults in a cluster under load, every kind, every answer checked (CHAOS_ARGS="--seed 7 --json FILE")
 	$(BIN)/python tests/chaos/run.py --seconds 300 --every-kind --overlap $(CHAOS_ARGS)
 
-fuzz: setup  ## 20,000 hostile requests against a real ingress (FUZZ_ARGS="--cases 1000 --seed 7"; half an hour)
+fuzz: setup  ## 20,000 hostile requests against a real ingress (FUZZ_ARGS="--cases 1000 --seed 7"; minutes)
 	$(BIN)/python tests/fuzz/run.py $(FUZZ_ARGS)
 
 tiny-model: setup  ## Make, train and evaluate the bundled model from scratch in build/moeray-tiny (an hour on one core)

@@ -23,6 +23,8 @@ from moeray.v1.inference_pb2_grpc import InferenceStub
 ANSWER_TOKENS = 32
 _EVENT, _END = b"data: ", b"0\r\n\r\n"
 _TOKENS = re.compile(rb'"completion_tokens": ?(\d+)')
+_PROMPT = re.compile(rb'"prompt_tokens": ?(\d+)')
+_CACHED = re.compile(rb'"cached_tokens": ?(\d+)')
 
 
 class Unanswered(Exception):
@@ -35,11 +37,15 @@ class Answer:
 
     Attributes:
         began, first: when the request's last byte was written, when the first event with a token was there.
+        tokens, prompt: of the answer, and of what was asked.
+        cached: prompt tokens that were in the engine's cache, where the server says so.
     """
 
     began: float
     first: float
     tokens: int
+    prompt: int = 0
+    cached: int = 0
 
     @property
     def ttft_s(self) -> float:
@@ -115,7 +121,8 @@ class HttpCaller(Caller, asyncio.Protocol):
         tokens = _TOKENS.findall(self._received)
         if not tokens:
             raise Unanswered(bytes(self._received[:1000]).decode(errors="replace"))
-        return Answer(began, self._first_at, int(tokens[-1]))
+        prompt, cached = (int((each.findall(self._received) or [0])[-1]) for each in (_PROMPT, _CACHED))
+        return Answer(began, self._first_at, int(tokens[-1]), prompt, cached)
 
     async def close(self) -> None:
         if self._transport is not None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,49 +132,87 @@ def ours(model: Path, name: str, folder: Path, log: Path, *, trace: Path | None 
         folder: for the tenants.
         trace: as in `bare`.
     """
+    with contextlib.ExitStack() as stack:
+        asked = {"moeray": [""], "moeray, tenants": [str(folder)]}
+        shards, ingresses = _started(stack, model, name, ["s0"], asked, log, trace)
+        addresses = {shard: _shard_address(shard, process) for shard, process in shards.items()}
+        doors = []
+        for title, process in ingresses.items():
+            said = _joined(process, addresses, title, log)
+            roots = {"front": process.pid, "relay": shards["s0"].pid}
+            doors.append(Door(title, said["http"], roots, headers=said["headers"]))
+            doors.append(Door(f"{title}, gRPC", said["grpc"], roots, "grpc", said["headers"]))
+        yield doors
+
+
+@contextlib.contextmanager
+def routed(model: Path, name: str, routings: Sequence[str], log: Path) -> Iterator[list[Door]]:
+    """Two shard processes behind an ingress for each of these ways to choose between them (see door_process.py)."""
+    with contextlib.ExitStack() as stack:
+        asked = {routing: ["", routing] for routing in routings}
+        shards, ingresses = _started(stack, model, name, ["s0", "s1"], asked, log)
+        addresses = {shard: _shard_address(shard, process) for shard, process in shards.items()}
+        roots = {shard: process.pid for shard, process in shards.items()}
+        yield [
+            Door(title, _joined(process, addresses, title, log)["http"], {"front": process.pid, **roots})
+            for title, process in ingresses.items()
+        ]
+
+
+_Processes = dict[str, "subprocess.Popen[bytes]"]
+
+
+def _started(
+    stack: contextlib.ExitStack, model: Path, name: str, shards: Sequence[str], ingresses: Mapping[str, list[str]],
+    log: Path, trace: Path | None = None,
+) -> tuple[_Processes, _Processes]:  # fmt: skip
+    """(shard processes, ingresses), by name; they load at the same time.
+
+    Args:
+        ingresses: name -> arguments of door_process.py after the model and its name.
+    """
     engine = {
         "model": str(model),
         "model_name": name,
         "engine_args": {**ENGINE_ARGS, "distributed_executor_backend": EXECUTOR},
         "moeray": None,
     }
-    spec = ShardSpec("s0", engine, wait_for_connect=False, num_threads=1)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     line = _python("moeray.attention_shard.process", [], trace, "shard")
-    with contextlib.ExitStack() as stack:
-        shard = stack.enter_context(_process(line, log, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
-        assert shard.stdin is not None and shard.stdout is not None
-        shard.stdin.write(encode_spec(spec))
-        shard.stdin.flush()
-        asked = [("moeray", ""), ("moeray, tenants", str(folder))]
-        ingresses = []
-        for title, tenants in asked:
-            command = _python(str(HERE / "door_process.py"), [str(model), name, tenants], trace, title)
-            ingresses.append(stack.enter_context(_process(command, log, stdin=subprocess.PIPE, stdout=subprocess.PIPE)))
-        address = _shard_address(shard)
-        doors = []
-        for (title, _), process in zip(asked, ingresses, strict=True):
-            assert process.stdin is not None and process.stdout is not None
-            process.stdin.write(address.encode() + b"\n")
-            process.stdin.flush()
-            ready = process.stdout.readline()
-            if not ready:
-                raise NotServed(f"{title}: its ingress ended; see {log}")
-            said = json.loads(ready)
-            roots = {"front": process.pid, "relay": shard.pid}
-            doors.append(Door(title, said["http"], roots, headers=said["headers"]))
-            doors.append(Door(f"{title}, gRPC", said["grpc"], roots, "grpc", said["headers"]))
-        yield doors
+    running = {shard: stack.enter_context(_process(line, log, **pipes)) for shard in shards}
+    for shard, process in running.items():
+        assert process.stdin is not None
+        process.stdin.write(encode_spec(ShardSpec(shard, engine, wait_for_connect=False, num_threads=1)))
+        process.stdin.flush()
+    doors = {}
+    for title, arguments in ingresses.items():
+        command = _python(str(HERE / "door_process.py"), [str(model), name, *arguments], trace, title)
+        doors[title] = stack.enter_context(_process(command, log, **pipes))
+    return running, doors
 
 
-def _shard_address(shard: subprocess.Popen[bytes]) -> str:
+def _joined(ingress: subprocess.Popen[bytes], addresses: dict[str, str], title: str, log: Path) -> dict[str, Any]:
+    """What an ingress says once it serves these shards."""
+    assert ingress.stdin is not None and ingress.stdout is not None
+    ingress.stdin.write(json.dumps(addresses).encode() + b"\n")
+    ingress.stdin.flush()
+    said = ingress.stdout.readline()
+    if not said:
+        raise NotServed(f"{title}: its ingress ended; see {log}")
+    found: dict[str, Any] = json.loads(said)
+    return found
+
+
+def _shard_address(name: str, shard: subprocess.Popen[bytes]) -> str:
+    """It says so once."""
     assert shard.stdout is not None
     for line in shard.stdout:
         event = decode_event(line)
         if event.event == "ready":
             return f"{event.host}:{event.port}"
         if event.event == "failed":
-            raise NotServed(f"the shard process: {event.text}")
-    raise NotServed("the shard process ended")
+            raise NotServed(f"shard process {name}: {event.text}")
+    raise NotServed(f"shard process {name} ended")
 
 
 @contextlib.contextmanager

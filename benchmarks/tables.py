@@ -124,6 +124,19 @@ def ingress_table(found: list[Record]) -> str:
     return markdown(head, rows)
 
 
+def routing_table(found: list[Record]) -> str:
+    """One line per way to choose a shard."""
+    rows = [
+        [each["routing"], f"{each['later_ttft_p50_ms']:.0f} / {each['later_ttft_p95_ms']:.0f}",
+         _ratio(each["ttft_ratio"], "ratio"), _ratio(each["ttft_p95_ratio"], "ratio"),
+         f"{each['first_ttft_p50_ms']:.0f}", f"{100 * each['cached']:.0f} %"]
+        for each in found
+    ]  # fmt: skip
+    head = ["routing", "TTFT p50 / p95 of later turns, ms", "p50 x round robin", "p95 x round robin",
+            "TTFT p50 of first turns, ms", "prompt tokens cached"]  # fmt: skip
+    return markdown(head, rows)
+
+
 def layers_table(found: list[Record]) -> str:
     """One line per layer; microseconds to the first token, and of each later one, for every door."""
     names = list(dict.fromkeys(name for each in found for name in each["first_token_us"]))
@@ -169,6 +182,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
     "network": ("network.json", network_table),
     "ingress": ("ingress.json", ingress_table),
     "layers": ("ingress_layers.json", layers_table),
+    "routing": ("routing.json", routing_table),
 }
 """Name in the document -> (file of results, what makes it)."""
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from moeray.attention_shard import link as wire
+from moeray.attention_shard.kv_events import is_ours, publish_events
 from moeray.attention_shard.spec import ShardSpec
 
 if TYPE_CHECKING:
@@ -43,6 +44,14 @@ class ShardEngine:
     def kv_tokens(self) -> int:
         """What its KV cache holds; 0 if vLLM did not say."""
         return self._client.vllm_config.cache_config.kv_cache_size_tokens or 0
+
+    @property
+    def kv_events(self) -> tuple[str, str] | None:
+        """Where it tells what its prefix cache holds, and vLLM's name of the hash; None if it does not."""
+        config = self._client.vllm_config
+        if (events := config.kv_events_config) is None or not is_ours(events.endpoint):
+            return None
+        return events.endpoint, config.cache_config.prefix_caching_hash_algo
 
     @property
     def num_workers(self) -> int:
@@ -99,6 +108,7 @@ def start_engine(spec: ShardSpec, progress: Callable[[str], None]) -> ShardEngin
 
     with uncollected():
         config = _configure(spec, progress)
+        publish_events(config)
         import vllm
         from vllm.v1.engine.core_client import EngineCoreClient
         from vllm.v1.executor.abstract import Executor

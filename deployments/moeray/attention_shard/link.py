@@ -6,7 +6,8 @@ that vLLM's encoder makes: the first one is the message, the others are arrays i
 
 `Link` is one bidirectional stream per ingress. The first frame each way is a `Hello`. Afterwards the ingress sends
 `Add` and `Abort`, the shard sends one `Outputs` per engine step for all requests of that ingress, and `Failed` for
-requests that will produce nothing more, and `Load` twice a second. Imports neither vllm nor ray.
+requests that will produce nothing more, `Load` twice a second, and to an ingress whose hello asks for it `Cached`
+whenever its KV cache changes. Imports neither vllm nor ray.
 """
 
 from __future__ import annotations
@@ -53,12 +54,14 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
         vllm: the sender's vLLM version; both ends must run the same, since they exchange vLLM's own structs.
         model: content fingerprint of the model's configuration and tokenizer (`moeray.vllm_hooks.fingerprint`).
         name: who is speaking (ingress id or shard id), for log lines and errors.
+        hears_cached: whether the sender understands `Cached`; one that does not say so is never sent it.
     """
 
     protocol: int
     vllm: str
     model: str
     name: str
+    hears_cached: bool = False
 
 
 class Add(msgspec.Struct, frozen=True, tag="add"):
@@ -108,6 +111,24 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     num_waiting: int
     waits_s: float = 0.0
     begun: list[int] = []
+
+
+class Cached(msgspec.Struct, frozen=True, tag="cached"):
+    """What changed in the shard's prefix cache; keys and layout as in `moeray.vllm_hooks.block_hashes`.
+
+    Attributes:
+        algorithm, root, hash_block_tokens, block_tokens: how its blocks are named.
+        stored, removed: keys of blocks; none is in both.
+        cleared: everything told before is void; `stored` comes after that.
+    """
+
+    algorithm: str
+    root: bytes
+    hash_block_tokens: int
+    block_tokens: int
+    stored: list[bytes]
+    removed: list[bytes]
+    cleared: bool = False
 
 
 class Draining(msgspec.Struct, frozen=True, tag="draining"):
@@ -166,7 +187,7 @@ class ShardInfo(msgspec.Struct, frozen=True, tag="shard_info"):
 
 
 ToShard = Hello | Add | Abort
-FromShard = Hello | Outputs | Failed | Draining | Load
+FromShard = Hello | Outputs | Failed | Draining | Load | Cached
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_shard = msgspec.msgpack.Decoder(ToShard).decode

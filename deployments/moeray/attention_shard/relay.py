@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from time import monotonic
 from typing import Any, Protocol
 
@@ -49,8 +49,9 @@ class LinkDropped(Exception):
 class _Link:
     """One connected ingress: its requests and the frames that wait to be written."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, hello: wire.Hello) -> None:
+        self.name, self.hears_cached = hello.name, hello.hears_cached
+        self.lacks_cached = hello.hears_cached  # it must be told everything, once there is room
         self.request_ids: set[str] = set()
         self.queued_bytes = 0
         self.begun: deque[int] = deque(maxlen=wire.MAX_BEGUN)
@@ -97,6 +98,7 @@ class Relay:
         draining: why new requests are refused for good, None when they are not.
         num_running, num_waiting: as vLLM's scheduler last reported them.
         kv_tokens: what the engine's KV cache holds; 0 if it did not say.
+        everything_cached: all that its prefix cache holds, for links that have not heard of it.
     """
 
     def __init__(self, engine: Engine, hello: wire.Hello, max_queued_bytes: int = MAX_QUEUED_BYTES) -> None:
@@ -104,6 +106,7 @@ class Relay:
         self.draining: str | None = None
         self.not_ready: str | None = None
         self.num_running = self.num_waiting = self.kv_tokens = 0
+        self.everything_cached: Callable[[], wire.Cached | None] = lambda: None
         self._waiting_since: float | None = None
         self._engine = engine
         self._max_queued_bytes = max_queued_bytes
@@ -173,6 +176,7 @@ class Relay:
             link.put(wire.Draining(self.draining))
         self._links.add(link)
         link.put(self._load(link))
+        self._tell_everything_cached(link)
         reader = asyncio.create_task(self._read(link, frames))
         try:
             while True:
@@ -184,7 +188,7 @@ class Relay:
             self._links.discard(link)
             await self._forget(link)
 
-    def _greet(self, frame: bytes) -> str:
+    def _greet(self, frame: bytes) -> wire.Hello:
         try:
             theirs = wire.decode_to_shard(frame)
         except msgspec.DecodeError as error:
@@ -195,7 +199,7 @@ class Relay:
             raise LinkDropped(grpc.StatusCode.FAILED_PRECONDITION, why)
         if self.not_ready is not None:
             raise LinkDropped(grpc.StatusCode.UNAVAILABLE, f"{self.hello.name}: {self.not_ready}")
-        return theirs.name
+        return theirs
 
     async def _read(self, link: _Link, frames: AsyncIterator[bytes]) -> None:
         async for data in frames:
@@ -244,6 +248,23 @@ class Relay:
             for link in self._links:
                 if not link.queued_bytes:  # one that does not read hears it later
                     link.put(self._load(link))
+                    self._tell_everything_cached(link)
+
+    def cache_changed(self, frame: wire.Cached) -> None:
+        """Tell the links that hear it; one that is behind hears everything again once it has caught up."""
+        for link in self._links:
+            if not link.hears_cached or link.lacks_cached:
+                continue
+            if link.queued_bytes > self._max_queued_bytes // 4:
+                link.lacks_cached = True
+            else:
+                link.put(frame)
+
+    def _tell_everything_cached(self, link: _Link) -> None:
+        if link.lacks_cached:
+            link.lacks_cached = False
+            if (frame := self.everything_cached()) is not None:
+                link.put(frame)
 
     def _load(self, link: _Link) -> wire.Load:
         own = sum(self._tokens[request_id] for request_id in link.request_ids)

@@ -117,6 +117,8 @@ class RouteServer:
                     await self._notify()
         except (OSError, ValueError, KeyError) as error:
             logger.error("route feed: %s", error)
+        except asyncio.CancelledError:
+            pass  # the process ends; asyncio would report it as an exception that nobody has seen (Python 3.11)
         finally:
             del self._workers[writer]
             self._note_waiting(writer, False)

@@ -14,6 +14,7 @@ import msgspec
 
 from moeray.attention_shard import link as wire
 from moeray.attention_shard.engine import EngineLost, ShardEngine
+from moeray.attention_shard.kv_events import CachedBlocks, follow
 from moeray.attention_shard.relay import Relay, handlers
 from moeray.attention_shard.routes import RouteServer
 from moeray.attention_shard.spec import ShardSpec
@@ -57,6 +58,7 @@ class ShardService:
         self._on_accused, self._on_waiting = on_accused, on_waiting
         self._lost = False
         self._server = grpc.aio.server(options=wire.CHANNEL_OPTIONS)
+        self._following: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
         """Bind; returns the port.
@@ -64,6 +66,12 @@ class ShardService:
         Raises:
             RuntimeError: the address is taken.
         """
+        if (published := self._engine.kv_events) is not None:
+            endpoint, algorithm = published
+            blocks = CachedBlocks(algorithm)
+            self.relay.everything_cached = blocks.everything
+            self._following = asyncio.create_task(follow(endpoint, blocks, self.relay.cache_changed))
+            self._following.add_done_callback(_say_why)
         unary = {"Connect": self._connect, "Info": self._info}
         self._server.add_generic_rpc_handlers((handlers(self.relay, unary),))
         port: int = self._server.add_insecure_port(f"{self._spec.host}:{self._spec.port}")
@@ -192,3 +200,9 @@ class ShardService:
         if self.relay.draining is not None:
             return "draining"
         return "starting" if self.relay.not_ready is not None else "ready"
+
+
+def _say_why(following: asyncio.Task[None]) -> None:
+    """The events of the cache ended: ingresses go by what they know, and by load."""
+    if not following.cancelled() and (error := following.exception()) is not None:
+        logger.error("the engine's KV events could not be read: %s", error)

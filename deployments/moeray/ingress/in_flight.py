@@ -12,6 +12,8 @@ from moeray.vllm_hooks.engine_core import EndsShards, ShardLost
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 
+    from moeray.vllm_hooks.admission import Place
+
 MAX_DEATHS = 3
 """So many shards in a row may die while they run a request and before it gets a token from them. Then it fails: it is
 likely what ends them, and must not go round for ever. Two can be chance: they were killed together."""
@@ -36,6 +38,7 @@ class InFlight:
 
     Attributes:
         request: as vLLM's front made it: rendered prompt (token ids) and sampling parameters.
+        place: its share of what there is; None only for a request that nobody admitted.
         shard: name of the shard that runs it now; "" while it waits for one.
         progress_at: when it was admitted or last gave an output, in the loop's time.
         token_ids: every token already passed on to the front, in order.
@@ -45,6 +48,7 @@ class InFlight:
 
     request: EngineCoreRequest
     progress_at: float
+    place: Place | None = None
     shard: str = ""
     token_ids: list[int] = field(default_factory=list)
     attempts: int = 0

@@ -13,6 +13,7 @@ from collections import Counter
 from math import inf
 from typing import TYPE_CHECKING
 
+import msgspec
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
@@ -20,10 +21,12 @@ from moeray.attention_shard import link as wire
 from moeray.config import ExpertsConfig, IngressConfig
 from moeray.ingress.admission import Admission
 from moeray.ingress.in_flight import InFlight, Loss
+from moeray.ingress.prefix_index import PrefixIndex, Sessions
+from moeray.ingress.routing import Candidate, choose
 from moeray.ingress.shard_link import SILENCE_S, LinkState, ShardLink
 from moeray.ingress.suspects import Suspects
 from moeray.ingress.waiting import Waiting
-from moeray.vllm_hooks.admission import Need, Place
+from moeray.vllm_hooks.admission import Need, Place, place_being_filled
 from moeray.vllm_hooks.engine_core import NoShardReady, RequestFailed
 
 if TYPE_CHECKING:
@@ -41,7 +44,7 @@ PAUSE_S = 0.5
 
 
 class ShardPool:
-    """Spreads requests over the linked shards, least loaded first.
+    """Spreads requests over the linked shards: by cached prefix, session and load (`routing`).
 
     Args:
         wait_s: how long a request waits for a shard; None is WAIT_S, or `limits.max_wait_s` if that is shorter.
@@ -68,7 +71,9 @@ class ShardPool:
         self.admission = Admission(limits)
         self.in_flight: dict[str, InFlight] = {}
         self.continued = 0
-        self._hello = hello
+        self.prefixes = PrefixIndex()
+        self._sessions = Sessions()
+        self._hello = msgspec.structs.replace(hello, hears_cached=True)
         self._waiting = Waiting(min(WAIT_S, limits.max_wait_s) if wait_s is None else wait_s, self._give_up)
         self._silence_s, self._stall_s = silence_s, stall_s
         self._on_begun = on_begun
@@ -76,6 +81,7 @@ class ShardPool:
         self._held = ""
         self._links: dict[str, ShardLink] = {}
         self._load: Counter[str] = Counter()
+        self._others: dict[str, int] = {}  # requests that a shard has from other ingresses, as it last said
         self._served: Counter[str] = Counter()
         self._leaving: set[str] = set()
         self._paused: set[str] = set()
@@ -151,7 +157,8 @@ class ShardPool:
                 self._last_ready = asyncio.get_running_loop().time()
             await link.close()
             self._move_all(shard, Loss.GONE, link.why)
-        for known_of in (self._served, self._waiting_since):
+        self.prefixes.forget(shard)
+        for known_of in (self._served, self._waiting_since, self._others):
             known_of.pop(shard, None)
 
     def check_ready(self) -> None:
@@ -163,7 +170,8 @@ class ShardPool:
         return self.admission.admit(need, self.ready_shards)
 
     async def add(self, request: EngineCoreRequest) -> None:
-        known = self.in_flight[request.request_id] = InFlight(request, asyncio.get_running_loop().time())
+        now = asyncio.get_running_loop().time()
+        known = self.in_flight[request.request_id] = InFlight(request, now, place=place_being_filled())
         if self._is_closing:  # it was admitted before
             self._fail(known, NoShardReady(STOPPING))
         else:
@@ -191,12 +199,15 @@ class ShardPool:
                 await asyncio.sleep(0.005)
         elif isinstance(frame, wire.Load):
             self.admission.report(link.shard, frame)
+            self._others[link.shard] = max(0, frame.num_running + frame.num_waiting - self._load[link.shard])
             if self._on_begun is not None and frame.begun:
                 self._on_begun(frame.begun)
             if frame.waits_s:
                 self._waiting_since[link.shard] = asyncio.get_running_loop().time() - frame.waits_s
             else:
                 self._waiting_since.pop(link.shard, None)
+        elif isinstance(frame, wire.Cached):
+            self.prefixes.take(link.shard, frame)
         elif isinstance(frame, wire.Failed):
             died = frame.code == wire.ENGINE_DEAD
             if not died:
@@ -221,7 +232,8 @@ class ShardPool:
             return False
         output.request_id = known.request_id
         known.record(output, asyncio.get_running_loop().time())
-        self.admission.answered(known.request.external_req_id)
+        if known.place is not None:
+            known.place.answered()
         if output.finish_reason is not None:
             self._end(known)
         elif self._suspects.discard(known):
@@ -237,6 +249,7 @@ class ShardPool:
 
     def _lost(self, link: ShardLink, reason: str, died: bool) -> None:
         self._last_ready = asyncio.get_running_loop().time()
+        self.prefixes.forget(link.shard)
         self._move_all(link.shard, Loss.DIED if died else Loss.GONE, reason)
         self._waiting_since.pop(link.shard, None)
 
@@ -252,7 +265,7 @@ class ShardPool:
     # ---- where requests run
 
     def _place(self, known: InFlight) -> None:
-        """Send it to the least loaded shard that may have it; without one it waits."""
+        """Send it to the best shard that may have it; without one it waits."""
         shards = [
             shard for shard in self.ready_shards
             if shard not in self._paused and self._suspects.may_run(known, shard)
@@ -260,17 +273,33 @@ class ShardPool:
         if not shards:
             self._waiting.add(known)
             return
-        shard = min(shards, key=lambda name: (self._load[name], self._served[name]))
+        shard = self._choose(known, shards)
         self._waiting.discard(known)
         self._served[shard] += 1
         self._load[shard] += 1
         self._suspects.start(known, shard)
         if known.attempts:
             self.continued += 1
-            logger.info("%s goes on on %s after %d tokens", known.request_id, shard, len(known.token_ids))
+            logger.warning("%s goes on on %s after %d tokens", known.request_id, shard, len(known.token_ids))
         request = known.start_on(shard)
         self._by_wire_id[known.wire_id] = known
         self._links[shard].send(wire.Add(wire.copied(self._encoder.encode(request))))
+
+    def _choose(self, known: InFlight, shards: list[str]) -> str:
+        cached = self.prefixes.cached_tokens(known.request, known.token_ids, shards) if len(shards) > 1 else {}
+        last = self._sessions.shard_of(known.request)
+        shard = choose(
+            Candidate(
+                name,
+                cached.get(name, 0),
+                self._load[name] + self._others.get(name, 0),
+                self._served[name],
+                name == last,
+            )
+            for name in shards
+        )
+        self._sessions.ran_on(known.request, shard)
+        return shard
 
     def _place_waiting(self) -> None:
         for known in self._waiting:

@@ -81,6 +81,7 @@ class Engine:
 
     vllm = model = "x"
     kv_tokens = pid = num_workers = 0
+    kv_events = None
 
     def __init__(self) -> None:
         self.asked = list[Any]()

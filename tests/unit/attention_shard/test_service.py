@@ -29,6 +29,7 @@ class Engine:
 
     vllm = model = "x"
     kv_tokens = pid = 0
+    kv_events = None
     num_workers = 1
 
     def __init__(self, slow: str) -> None:
