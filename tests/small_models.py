@@ -68,6 +68,48 @@ def write_qwen_moe(directory: Path, *, dtype: torch.dtype = torch.bfloat16) -> P
     return _write(Qwen3MoeForCausalLM(config), directory, dtype)
 
 
+def write_blip2(directory: Path) -> Path:
+    """A model that sees: 28 x 28 pixels become four tokens of an OPT of two layers. (Most others need torchvision.)"""
+    from transformers import (
+        Blip2Config,
+        Blip2ForConditionalGeneration,
+        Blip2Processor,
+        Blip2QFormerConfig,
+        Blip2VisionConfig,
+        BlipImageProcessorPil,
+        OPTConfig,
+        PreTrainedTokenizerFast,
+    )
+
+    torch.manual_seed(0)
+    side, num_queries, image_token = 28, 4, len(_SPECIAL) + 256
+    vision = Blip2VisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=side,
+        patch_size=14, initializer_range=0.3,
+    )  # fmt: skip
+    queries = Blip2QFormerConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, encoder_hidden_size=64,
+        vocab_size=VOCABULARY, initializer_range=0.3,
+    )  # fmt: skip
+    text = OPTConfig(
+        **_COMMON, pad_token_id=1, hidden_size=256, word_embed_proj_dim=256, ffn_dim=128, num_hidden_layers=2,
+        init_std=0.3,
+    )  # fmt: skip
+    config = Blip2Config(
+        vision_config=vision.to_dict(), qformer_config=queries.to_dict(), text_config=text.to_dict(),
+        num_query_tokens=num_queries, image_token_index=image_token,
+    )  # fmt: skip
+    model = Blip2ForConditionalGeneration(config)
+    for weight in (*model.query_tokens, *model.language_projection.parameters()):
+        torch.nn.init.normal_(weight, std=0.3)
+    _write(model, directory, torch.bfloat16)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+    pixels = BlipImageProcessorPil(size={"height": side, "width": side})
+    Blip2Processor(pixels, tokenizer, num_query_tokens=num_queries).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
 _DEEPSEEK: dict[str, Any] = _COMMON | {
     "hidden_size": 256, "intermediate_size": 128, "moe_intermediate_size": 64, "num_hidden_layers": 3,
     "num_key_value_heads": 4, "n_shared_experts": 1, "n_routed_experts": 16, "num_experts_per_tok": 4,

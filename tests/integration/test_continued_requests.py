@@ -69,9 +69,10 @@ def request(engine: Engine, prompt: list[int], **params: Any) -> EngineCoreReque
     return made
 
 
-def run(engine: Engine, *requests: EngineCoreRequest) -> list[Result]:
-    """All at once, on an engine that remembers nothing."""
-    assert engine.engine.reset_prefix_cache()
+def run(engine: Engine, *requests: EngineCoreRequest, forget: bool = True) -> list[Result]:
+    """All at once, on an engine that remembers nothing, or what it did before."""
+    if forget:
+        assert engine.engine.reset_prefix_cache()
     core = engine.engine.engine_core.engine_core
     results = {made.request_id: Result([], [], None, None, False) for made in requests}
     for made in requests:
@@ -153,3 +154,24 @@ def test_a_request_continued_after_any_token_ends_as_if_it_had_not_moved(engine:
         assert not rest.has_prompt_logprobs
         worst = max(abs(a - b) for a, b in zip(rest.logprobs, whole.logprobs[cut:], strict=True))
         assert worst < SAME_LOGPROB
+
+
+def test_a_stream_goes_on_where_more_than_its_prompt_is_cached(engine: Engine) -> None:
+    """As where the same text is the beginning of somebody's prompt."""
+    made = request(engine, prompt_of(20, seed=2), ignore_eos=True, max_tokens=320)
+    (whole,) = run(engine, made)
+    run(engine, request(engine, [*prompt_of(20, seed=2), *whole.tokens[:290]], max_tokens=1))
+    core = engine.engine.engine_core.engine_core
+    cached: list[int] = []
+    find = core.scheduler.kv_cache_manager.get_computed_blocks
+
+    def find_and_tell(asking: Any) -> Any:
+        found = find(asking)
+        cached.append(found[1])
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(core.scheduler.kv_cache_manager, "get_computed_blocks", find_and_tell)
+        (rest,) = run(engine, continue_after(made, "r+1", whole.tokens[:300]), forget=False)
+    assert max(cached) > 20
+    assert (rest.tokens, rest.finish) == (whole.tokens[300:], whole.finish)

@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
-from front_process import Ingress, chat
+from front_process import MODEL, Ingress, chat
 from google.protobuf.json_format import ParseDict
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
@@ -130,3 +130,21 @@ def _whole(answer: Any) -> Any:
 def _json_floats(change: dict[str, Any]) -> dict[str, Any]:
     """protobuf's JSON writes NaN as a string."""
     return json.loads(json.dumps(change).replace("NaN", '"NaN"').replace("Infinity", '"Infinity"'))
+
+
+def test_an_integer_of_more_than_64_bits_is_refused_as_any_other_value(ingress: Ingress) -> None:
+    for path, ask in (
+        ("/v1/chat/completions", chat(thinking_token_budget=2**64)),
+        ("/v1/completions", {"model": MODEL, "prompt": "hi", "thinking_token_budget": 2**64, "stream": True}),
+    ):
+        status, answer, _ = ingress.post(path, ask)
+        assert (status, answer["error"]["param"]) == (400, "thinking_token_budget"), answer
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/messages"])
+def test_a_field_that_breaks_vllms_own_validators_is_the_clients_error(ingress: Ingress, path: str) -> None:
+    base = chat() if path != "/v1/completions" else {"model": MODEL, "prompt": "hi"}
+    for field in ("structured_outputs", "stream_options", "tools", "tool_choice", "messages", "response_format"):
+        for value in ([], {}, "a", 1, True, [None], [[]], {"type": []}):
+            status, answer, _ = ingress.post(path, {**base, field: value, "max_tokens": 1})
+            assert status in (200, 400), (field, value, answer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,3 +114,8 @@ def test_a_client_that_leaves_while_its_request_waits_ends_it(network: Network, 
     losing.join()
     until(lambda: not network.pool.in_flight, 60)
     until(lambda: shared_shard.info().num_requests == 0, 60)
+
+
+def test_an_ingress_may_warn(ingress: Ingress) -> None:
+    """Whatever vLLM imports."""
+    assert logging.getLogger("moeray.ingress.shard_pool").isEnabledFor(logging.WARNING)

@@ -143,8 +143,13 @@ def test_one_tenants_cache_is_not_anothers(guarded: Ingress, known: Any, tenants
     assert cached(first) > 0
     assert cached(second) == 0, "it was found in another tenant's cache"
     assert cached(second, cache_salt="part") == 0 and cached(second, cache_salt="part") > 0
-    until(lambda: len(tenants.records("cache-b")) == 3)
-    assert [each.cached_tokens > 0 for each in tenants.records("cache-b")] == [False, False, True]
+    completion = {"model": long["model"], "prompt": list(range(20, 320)), "max_tokens": 2}
+    salts = ("one", "one", "other")
+    asked = [guarded.post("/v1/completions", completion | {"cache_salt": salt}, headers=second)[1] for salt in salts]
+    found = [(each["usage"]["prompt_tokens_details"] or {}).get("cached_tokens") or 0 for each in asked]
+    assert found[0] == found[2] == 0 < found[1], "a completion's salt counts as well"
+    until(lambda: len(tenants.records("cache-b")) == 6)
+    assert [each.cached_tokens > 0 for each in tenants.records("cache-b")][:3] == [False, False, True]
 
 
 def test_limits_refuse_before_the_answer_begins(guarded: Ingress, known: Any) -> None:

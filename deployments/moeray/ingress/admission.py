@@ -28,14 +28,14 @@ LONGEST_RETRY_S = 60
 
 
 class Admission:
-    """`admit` before a request begins, `answered` with its first tokens, `leave` of its place when it has ended."""
+    """`admit` before a request begins; its place is told of its tokens (`answered`) and of its end (`leave`)."""
 
     def __init__(self, limits: IngressConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self._limits = limits
         self._pace = _Pace(clock)
         self._loads: dict[str, wire.Load] = {}
         self._admitted: set[_Admitted] = set()
-        self._waiting: dict[str, _Admitted] = {}
+        self._waiting: set[_Admitted] = set()
 
     @property
     def max_unread_s(self) -> float:
@@ -64,20 +64,19 @@ class Admission:
         self._admitted.add(admitted)
         if not self._waiting:
             self._pace.begin()
-        self._waiting[need.request_id] = admitted
+        self._waiting.add(admitted)
         return admitted
 
-    def answered(self, request_id: str | None) -> None:
-        """Tokens have come for this request (`external_req_id`); only the first ones mean anything here."""
-        if request_id in self._waiting:
-            del self._waiting[request_id]
+    def answered(self, admitted: _Admitted) -> None:
+        """For `Place.answered`; only the first tokens mean anything here."""
+        if admitted in self._waiting:
+            self._waiting.remove(admitted)
             self._pace.start()
 
     def left(self, admitted: _Admitted) -> None:
         """For `Place.leave`."""
         self._admitted.discard(admitted)
-        if self._waiting.get(admitted.need.request_id) is admitted:
-            del self._waiting[admitted.need.request_id]
+        self._waiting.discard(admitted)
 
     def describe(self) -> dict[str, float | int | None]:
         """For status and tests."""
@@ -133,7 +132,7 @@ class Admission:
             raise self._overloaded(need, why)
 
     def _expected_wait_s(self, need: Need) -> float:
-        ahead = sum(each.need.priority <= need.priority for each in self._waiting.values())
+        ahead = sum(each.need.priority <= need.priority for each in self._waiting)
         return ahead * (self._pace.seconds or 0.0)
 
     def _overloaded(self, need: Need, why: str) -> Overloaded:
@@ -156,6 +155,9 @@ class _Admitted:
 
     async def begin(self) -> None:
         """There is nothing to wait for."""
+
+    def answered(self) -> None:
+        self._admission.answered(self)
 
     def leave(self, error: BaseException | None = None) -> None:
         self._admission.left(self)

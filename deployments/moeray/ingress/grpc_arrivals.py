@@ -2,60 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, TypeAlias
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
 from uuid import uuid4
-
-import grpc
 
 from moeray.ingress.arrivals import Arrivals, checked_request_id
 from moeray.ingress.errors import REQUEST_ID, abort
+from moeray.ingress.grpc_calls import AroundCalls, Context, Handler
 from moeray.vllm_hooks.admission import Refused
 from moeray.vllm_hooks.openai_app import refusal
 
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
-
-class GrpcArrivals(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Stands before everything else that looks at a call of `service`, which has no client streams."""
+class GrpcArrivals(AroundCalls):
+    """Stands before everything else that looks at a call of `service`."""
 
     def __init__(self, service: str, arrivals: Arrivals) -> None:
         self._prefix, self._arrivals = f"/{service}/", arrivals
 
-    async def intercept_service(
-        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
-        details: grpc.HandlerCallDetails,
-    ) -> Handler | None:  # fmt: skip
-        handler = await continuation(details)
-        if handler is None or not details.method.startswith(self._prefix):
-            return handler
-        serializers = (handler.request_deserializer, handler.response_serializer)
-        made: Handler
-        if handler.response_streaming:
-            made = grpc.unary_stream_rpc_method_handler(self._streaming(handler.unary_stream), *serializers)
-        else:
-            made = grpc.unary_unary_rpc_method_handler(self._unary(handler.unary_unary), *serializers)
-        return made
+    def is_for(self, method: str, _: Handler) -> bool:
+        return method.startswith(self._prefix)
 
-    def _unary(self, behaviour: Callable[[Any, Context], Awaitable[Any]]) -> Callable[[Any, Context], Awaitable[Any]]:
-        async def counted(request: Any, context: Context) -> Any:
-            await _name(context)
-            with self._arrivals.taken():
-                return await behaviour(request, context)
-
-        return counted
-
-    def _streaming(
-        self, behaviour: Callable[[Any, Context], AsyncIterator[Any]]
-    ) -> Callable[[Any, Context], AsyncIterator[Any]]:
-        async def counted(request: Any, context: Context) -> AsyncIterator[Any]:
-            await _name(context)
-            with self._arrivals.taken():
-                async for message in behaviour(request, context):
-                    yield message
-
-        return counted
+    @asynccontextmanager
+    async def around(self, _: Any, context: Context) -> AsyncIterator[None]:
+        await _name(context)
+        with self._arrivals.taken():
+            yield
 
 
 def given_id(context: Context) -> str | None:

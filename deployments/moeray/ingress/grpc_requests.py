@@ -1,71 +1,87 @@
-"""gRPC: bytes that are no message of their method are INVALID_ARGUMENT; gRPC calls them UNKNOWN and fills the log."""
+"""gRPC: what a call's message may be. Bytes that are no message of their method are INVALID_ARGUMENT (gRPC calls them
+UNKNOWN and fills the log), and the messages of all calls in hand have a bound together.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from inspect import iscoroutinefunction
-from typing import Any, TypeAlias
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
 
-import grpc
 from google.protobuf.message import DecodeError
 
 from moeray.ingress.errors import abort
+from moeray.ingress.grpc_calls import AroundCalls, Context, Handler
 
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-
-_ERROR = {"message": "the request is no message of this method's type, or nests too deep", "param": None, "code": 400}
-
-
-class _Unreadable:
-    """Takes the place of a request; the call is ended before anybody reads it."""
+_UNREADABLE = {
+    "message": "the request is no message of this method's type, or nests too deep",
+    "param": None,
+    "code": 400,
+}
 
 
-class ReadableRequests(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    """Takes the place of a request; the call is ended, with this error, before anybody reads it."""
+
+    error: Mapping[str, Any]
+
+
+class MessageBudget:
+    """Bytes of the messages of calls in hand. A message counts from when it is whole until its call has ended, however
+    it ends: its call's task says so.
+
+    Args:
+        max_bytes: `ingress.max_bodies_bytes`.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self.held_bytes = 0
+
+    def take(self, num_bytes: int) -> bool:
+        """For the call of this task; False if it would be too much."""
+        if self.held_bytes + num_bytes > self._max_bytes:
+            return False
+        self.held_bytes += num_bytes
+        call = asyncio.current_task()
+        assert call is not None
+        call.add_done_callback(lambda _: self._give_back(num_bytes))
+        return True
+
+    def _give_back(self, num_bytes: int) -> None:
+        self.held_bytes -= num_bytes
+
+    @property
+    def refusal(self) -> dict[str, Any]:
+        text = f"the messages of all calls in hand exceed {self._max_bytes} bytes (ingress.max_bodies_bytes)"
+        return {"message": text, "param": None, "code": 429}
+
+
+class ReadableRequests(AroundCalls):
     """The innermost: who may not ask learns nothing of what he sent."""
 
-    async def intercept_service(
-        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
-        details: grpc.HandlerCallDetails,
-    ) -> Handler | None:  # fmt: skip
-        handler = await continuation(details)
-        if handler is None or handler.request_streaming:
-            return handler
-        read = _reading(handler.request_deserializer)
-        if handler.response_streaming:
-            behaviour: Any = handler.unary_stream
-            # gRPC knows two kinds: generators, and coroutines that write (`Watch` of the health service).
-            guarded: Any = _unary(behaviour) if iscoroutinefunction(behaviour) else _streaming(behaviour)
-            made: Handler = grpc.unary_stream_rpc_method_handler(guarded, read, handler.response_serializer)
-        else:
-            made = grpc.unary_unary_rpc_method_handler(_unary(handler.unary_unary), read, handler.response_serializer)
-        return made
+    def __init__(self, budget: MessageBudget) -> None:
+        self._budget = budget
 
+    def is_for(self, _: str, handler: Handler) -> bool:
+        return not handler.request_streaming
 
-def _reading(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    def read(data: bytes) -> Any:
-        try:
-            return deserialize(data)
-        except DecodeError:
-            return _Unreadable()
+    def reading(self, deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+        def read(data: bytes) -> Any:
+            if not self._budget.take(len(data)):
+                return _Refused(self._budget.refusal)
+            try:
+                return deserialize(data)
+            except DecodeError:
+                return _Refused(_UNREADABLE)
 
-    return read
+        return read
 
-
-def _unary(behaviour: Callable[[Any, Context], Awaitable[Any]]) -> Callable[[Any, Context], Awaitable[Any]]:
-    async def answer(request: Any, context: Context) -> Any:
-        if isinstance(request, _Unreadable):
-            await abort(context, _ERROR)
-        return await behaviour(request, context)
-
-    return answer
-
-
-def _streaming(behaviour: Callable[[Any, Context], AsyncIterator[Any]]) -> Callable[[Any, Context], AsyncIterator[Any]]:
-    async def answer(request: Any, context: Context) -> AsyncIterator[Any]:
-        if isinstance(request, _Unreadable):
-            await abort(context, _ERROR)
-        async for message in behaviour(request, context):
-            yield message
-
-    return answer
+    @asynccontextmanager
+    async def around(self, request: Any, context: Context) -> AsyncIterator[None]:
+        if isinstance(request, _Refused):
+            await abort(context, request.error)
+        yield

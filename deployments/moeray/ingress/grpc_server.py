@@ -12,7 +12,7 @@ from grpc_reflection.v1alpha import reflection
 
 from moeray.config import IngressConfig
 from moeray.ingress.errors import PortInUse
-from moeray.ingress.grpc_requests import ReadableRequests
+from moeray.ingress.grpc_requests import MessageBudget, ReadableRequests
 from moeray.ingress.grpc_service import InferenceService
 from moeray.v1 import inference_pb2 as pb
 from moeray.v1.inference_pb2_grpc import add_InferenceServicer_to_server
@@ -90,7 +90,7 @@ async def start_grpc(
     limits = limits or IngressConfig()
     # Twice what is admitted: admission's refusal tells more than the server's.
     server = grpc.aio.server(
-        interceptors=(*doors, ReadableRequests()),
+        interceptors=(*doors, ReadableRequests(MessageBudget(limits.max_bodies_bytes))),
         options=_options(limits, shared, keepalive_s),
         maximum_concurrent_rpcs=2 * limits.max_requests,
     )

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
 from uuid import uuid4
 
-import msgspec
-
 from moeray.ingress.arrivals import Arrivals, checked_request_id
+from moeray.ingress.asgi import App, Message, Receive, Scope, Send, answer_json
 from moeray.ingress.errors import REQUEST_ID
 from moeray.vllm_hooks.admission import Refused
 from moeray.vllm_hooks.openai_app import refusal
-
-Message = MutableMapping[str, Any]
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 ALIVE_PATHS = ("/health", "/healthz", "/livez")
 READY_PATHS = ("/ready", "/readyz")
@@ -50,7 +41,8 @@ class HttpArrivals:
             with self._arrivals.taken():
                 await self._app(scope, receive, named)
         except Refused as error:
-            await _refuse(error, self._named(send, request_id))
+            told = self._named(send, request_id)
+            await answer_json(told, error.http_status, refusal(error), retry_after_s=error.retry_after_s)
 
     def _named(self, send: Send, request_id: str) -> Send:
         """`send` that puts the request's name on the answer, and ends the connection if the ingress leaves."""
@@ -69,12 +61,3 @@ class HttpArrivals:
 def _given_id(scope: Scope) -> str | None:
     name = REQUEST_ID.encode()
     return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)
-
-
-async def _refuse(error: Refused, send: Send) -> None:
-    body = msgspec.json.encode(refusal(error))
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if error.retry_after_s is not None:
-        headers.append((b"retry-after", str(error.retry_after_s).encode()))
-    await send({"type": "http.response.start", "status": int(error.http_status), "headers": headers})
-    await send({"type": "http.response.body", "body": body})

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 
-import msgspec
-
 from moeray.config import IngressConfig
-
-Message = MutableMapping[str, Any]
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+from moeray.ingress.asgi import App, Message, Receive, Scope, Send, answer_json
 
 MAX_JSON_DEPTH = 128
 """vLLM takes JSON schemas of 64 levels; what surrounds them has room."""
@@ -168,18 +161,13 @@ def depth_exceeds(body: bytes, most: int) -> bool:
 async def refuse(error: BadBody, send: Send) -> None:
     """Answer with OpenAI's error object."""
     kind = "ServiceUnavailable" if error.status >= 500 else "BadRequestError"
-    body = msgspec.json.encode(
-        {"error": {"message": error.message, "type": kind, "param": None, "code": int(error.status)}}
-    )
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    content = {"error": {"message": error.message, "type": kind, "param": None, "code": int(error.status)}}
+    headers = []
     if error.status == HTTPStatus.UNSUPPORTED_MEDIA_TYPE:
         headers.append((b"accept-encoding", b"identity"))
     if error.status == HTTPStatus.REQUEST_TIMEOUT:
         headers.append((b"connection", b"close"))
-    if error.retry_after_s is not None:
-        headers.append((b"retry-after", str(error.retry_after_s).encode()))
-    await send({"type": "http.response.start", "status": int(error.status), "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await answer_json(send, error.status, content, *headers, retry_after_s=error.retry_after_s)
 
 
 def _bodily(headers: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:

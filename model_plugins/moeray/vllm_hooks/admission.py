@@ -65,7 +65,7 @@ class Need:
     """What a request asks for.
 
     Attributes:
-        request_id: the client's or vLLM's, as the engine-core request carries it in `external_req_id`.
+        request_id: the client's or vLLM's; other clients may call theirs the same.
         num_prompt: tokens.
         num_answer: tokens, at most, of each sequence.
         num_sequences: answers wanted (n).
@@ -107,6 +107,10 @@ class Place(Protocol):
 
     async def begin(self) -> None:
         """Awaited before the request goes to the pool, perhaps more than once; raises Refused if it may not."""
+        ...
+
+    def answered(self) -> None:
+        """Tokens have come for it, or for one of its sequences; told of each."""
         ...
 
     def leave(self, error: BaseException | None = None) -> None:

@@ -35,7 +35,15 @@ MAX_MODEL_LEN = 4096
 
 # What the front and the shards must agree on, or the front would accept what a shard refuses.
 # Requests of equal priority are scheduled as they came.
-_COMMON_DEFAULTS: Mapping[str, Any] = {"disable_log_stats": True, "seed": 0, "scheduling_policy": "priority"}
+_COMMON_DEFAULTS: Mapping[str, Any] = {
+    "disable_log_stats": True,
+    "seed": 0,
+    "scheduling_policy": "priority",
+    # With a cache the front sends a shard only the hash of an image that it has sent before, perhaps to another shard.
+    "mm_processor_cache_gb": 0,
+    # vLLM would fetch any URL for a client, from where the ingress stands. No host has this name; a refusal shows it.
+    "allowed_media_domains": [f"(none; {USER_KEY}.allowed_media_domains names those that are)"],
+}
 
 # A step of 512 tokens keeps a decoding request's pause behind somebody's long prompt short; 256 MiB hold about eleven
 # requests of 4096 tokens of the bundled model (vLLM logs the exact number at start).
@@ -64,6 +72,7 @@ _OURS: Mapping[str, str] = {
     "worker_cls": "it connects the shard to its expert groups",
     "additional_config": "it carries the shard's settings",
     "data_parallel_size": "raise attention.num_shards instead",
+    "mm_processor_cache_gb": "an image must go whole to whichever shard runs its request",
     "speculative_config": "draft tokens are not supported in this version",
 }
 # Where experts leave vLLM: with experts.num_groups 0 and a model that vLLM runs whole these are the user's.

@@ -16,7 +16,7 @@ _CONSTRAINTS = ("structured_outputs", "response_format", "text")
 _CONVERSATIONS = ("messages", "input")
 _BY_MESSAGE = (
     (re.compile(r"grammar|json schema|structured output|constraint|^choice '", re.IGNORECASE), _CONSTRAINTS),
-    (re.compile(r"multimodal|image|audio|video|invalid role", re.IGNORECASE), _CONVERSATIONS),
+    (re.compile(r"multimodal|image|audio|video|invalid role|allowed domains", re.IGNORECASE), _CONVERSATIONS),
     (re.compile(r"is out of vocabulary"), ("prompt",)),
     (re.compile(r"chat template", re.IGNORECASE), ("chat_template", "chat_template_kwargs")),
     (re.compile(r"^(max_pattern_size|min_count)"), ("repetition_detection",)),

@@ -7,8 +7,11 @@ same check of the request (`request_check`). Touch points: `build_app`, `init_ap
 
 from __future__ import annotations
 
+import logging
+import traceback
 from argparse import Namespace
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 from vllm.exceptions import VLLMValidationError
 
+from moeray.vllm_hooks import anthropic_errors
 from moeray.vllm_hooks.admission import Refused, begun
+from moeray.vllm_hooks.anthropic_errors import anthropic_answer, told
 from moeray.vllm_hooks.engine_core import FrontLLM
 from moeray.vllm_hooks.error_fields import clean_path, field_of
 from moeray.vllm_hooks.first_event import answered
@@ -27,6 +32,9 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     from moeray.vllm_hooks.served_model import Dialect
+
+_NO_LOCAL_FILES = "allowed-local-media-path"
+"""vLLM's word for a `file:` URL, which is a RuntimeError."""
 
 TASKS: tuple[Literal["generate"]] = ("generate",)
 
@@ -68,6 +76,19 @@ class OpenAIApp:
     models: Any
 
 
+@contextmanager
+def root_logger_kept() -> Iterator[None]:
+    """Keep what may be logged: what vLLM imports for SageMaker lets nobody in the process warn any more."""
+    root = logging.getLogger()
+    known: list[logging.Logger | logging.Handler] = [root, *root.handlers]
+    levels = [(each, each.level) for each in known]
+    try:
+        yield
+    finally:
+        for each, level in levels:
+            each.setLevel(level)
+
+
 async def build_openai_app(front: FrontLLM, engine_args: AsyncEngineArgs, *, dialect: Dialect) -> OpenAIApp:
     """Assemble vLLM's application for `front`.
 
@@ -80,10 +101,13 @@ async def build_openai_app(front: FrontLLM, engine_args: AsyncEngineArgs, *, dia
     from vllm.entrypoints.launchers.app import build_app
 
     arguments = _serve_arguments(engine_args, dialect)
-    app = build_app(arguments, TASKS, front.model_config)
+    with root_logger_kept():
+        app = build_app(arguments, TASKS, front.model_config)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in SERVED_PATHS]
     app.exception_handler(Refused)(_refuse)
     app.exception_handler(RequestValidationError)(_explain)
+    for kind in (AttributeError, LookupError):  # others are 400 already
+        app.exception_handler(kind)(_refuse_body)
     app.middleware_stack = None  # vLLM's bootstrap has built it already, without our handlers
     # /v1/models shows it as `root`: a path of ours is nobody's business.
     arguments.model = (arguments.served_model_name or [arguments.model])[0]
@@ -98,12 +122,14 @@ async def build_openai_app(front: FrontLLM, engine_args: AsyncEngineArgs, *, dia
     ):
         setattr(handler, method, _named(answered(begun(_checked(getattr(handler, method), roles)))))
     for handler, method in (
-        (state.anthropic_serving_messages, "create_messages"),
-        (state.anthropic_serving_messages, "count_tokens"),
         (state.serving_tokenization, "create_tokenize"),
         (state.serving_tokenization, "create_detokenize"),
     ):
         setattr(handler, method, _named(_checked(getattr(handler, method), roles)))
+    messages = state.anthropic_serving_messages
+    for method in ("create_messages", "count_tokens"):
+        setattr(messages, method, told(_named(_checked(getattr(messages, method), roles))))
+    anthropic_errors.install()
     return OpenAIApp(
         app,
         state.openai_serving_chat,
@@ -154,6 +180,10 @@ def _named(create: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any
         except ValueError as error:  # vLLM's older way to say the same
             field = field_of(request, str(error), None)
             raise VLLMValidationError(str(error), parameter=field) from error
+        except RuntimeError as error:
+            if _NO_LOCAL_FILES not in str(error):
+                raise
+            raise VLLMValidationError("files of the server are not read", parameter="messages") from error
         if isinstance(answer, ErrorResponse) and answer.error.code == HTTPStatus.BAD_REQUEST:
             answer.error.param = field_of(request, answer.error.message, answer.error.param)
         return answer
@@ -181,6 +211,7 @@ def refusal(error: Refused) -> dict[str, Any]:
 async def _explain(request: Request, error: Any) -> Any:
     """A body of the wrong shape: vLLM's answer, with the path as the client knows it and in the form of its API."""
     from fastapi.responses import JSONResponse
+    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
     from vllm.entrypoints.serve.exception_handling.handlers.validation import validation_exception_handler
 
     answer = await validation_exception_handler(request, error)
@@ -188,5 +219,15 @@ async def _explain(request: Request, error: Any) -> Any:
     if body["error"]["param"]:
         body["error"]["param"] = clean_path(body["error"]["param"])
     if request.url.path.startswith("/v1/messages"):
-        body = {"type": "error", "error": {"type": "invalid_request_error", "message": body["error"]["message"]}}
+        return anthropic_answer(ErrorResponse.model_validate(body))
     return JSONResponse(body, status_code=answer.status_code)
+
+
+async def _refuse_body(request: Request, error: Exception) -> Any:
+    """vLLM's validators take some fields for what they should be: what breaks while a body is read is its fault."""
+    from fastapi.exceptions import RequestValidationError
+
+    if "solve_dependencies" not in (frame.name for frame in traceback.extract_tb(error.__traceback__)):
+        raise error
+    detail = {"type": "type", "loc": ("body",), "msg": "a field has a value of the wrong type"}
+    return await _explain(request, RequestValidationError([detail]))

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 from vllm.exceptions import VLLMValidationError
 
 MAX_CHOICES = 128
@@ -28,6 +29,8 @@ MAX_CONSTRAINT_CHARS = 64 << 10
 """Of a JSON schema, grammar, regex or list of choices. It is compiled in a thread of the shard's engine that cannot be
 stopped; its time grows with its length (a schema of 60,000 characters: 3 s; one of 1.1 million: more than 40 s)."""
 
+_ENCODER = msgspec.msgpack.Encoder(enc_hook=lambda _: None)
+
 
 def check_constraint(structured_outputs: Any) -> None:
     """Check vLLM's StructuredOutputsParams, or None.
@@ -45,6 +48,28 @@ def check_constraint(structured_outputs: Any) -> None:
                 f"the constraint has {num_chars} characters, at most {MAX_CONSTRAINT_CHARS} are taken",
                 parameter=f"structured_outputs.{name}",
             )
+
+
+def check_encodable(params: Any, priority: int) -> None:
+    """Check that vLLM's SamplingParams (or PoolingParams) and a priority can go to an engine; about 10 us.
+
+    Raises:
+        VLLMValidationError: an integer of more than 64 bits, which the wire does not have.
+    """
+    try:
+        _ENCODER.encode((params, priority))
+    except OverflowError:
+        fields = {"priority": priority, **{name: getattr(params, name) for name in params.__struct_fields__}}
+        name = next(name for name, value in fields.items() if not _is_encodable(value))
+        raise VLLMValidationError(f"{name} has an integer of more than 64 bits", parameter=name) from None
+
+
+def _is_encodable(value: Any) -> bool:
+    try:
+        _ENCODER.encode(value)
+    except OverflowError:
+        return False
+    return True
 
 
 def check_request(request: Any, roles: tuple[str, ...] | None) -> None:

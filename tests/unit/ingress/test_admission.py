@@ -48,9 +48,9 @@ class Desk:
     def measure(self, seconds_per_start: float) -> None:
         """Let twenty requests start, one every so many seconds."""
         places = [self.ask() for _ in range(20)]
-        for number in range(20):
+        for place in places:
             self.clock.now += seconds_per_start
-            self.admission.answered(f"r{self.count - 19 + number}")
+            place.answered()
         for place in places:
             place.leave()
 
@@ -137,11 +137,10 @@ def test_lower_priority_is_refused_first_and_all_priorities_together_are_bounded
 def test_a_wait_beyond_the_limit_is_refused_with_the_time_to_come_back() -> None:
     desk = Desk(max_wait_s=10)
     desk.measure(seconds_per_start=2)
-    for _ in range(6):
-        desk.ask()
+    places = [desk.ask() for _ in range(6)]
     why = refused(desk)
     assert why.retry_after_s == 6 and "about 12 s" in str(why)
-    desk.admission.answered(f"r{desk.count - 2}")
+    places[3].answered()
     desk.ask()
 
 
@@ -172,13 +171,26 @@ def test_no_time_is_guessed_before_any_was_measured() -> None:
 def test_when_all_have_left_nothing_is_kept() -> None:
     desk = Desk()
     places = [desk.ask() for _ in range(5)]
-    desk.admission.answered("r2")
-    desk.admission.answered("r2")
-    desk.admission.answered(None)
+    places[1].answered()
+    places[1].answered()
     for place in places:
         place.leave()
     described = desk.admission.describe()
     assert (described["requests"], described["waiting"], described["tokens"]) == (0, 0, 0)
+
+
+def test_requests_that_clients_call_the_same_are_not_taken_for_one_another() -> None:
+    desk = Desk()
+    same = Need("x", 10, 90)
+    first, second = desk.admission.admit(same, READY), desk.admission.admit(same, READY)
+    assert desk.admission.describe()["waiting"] == 2
+    first.answered()
+    first.answered()
+    assert desk.admission.describe()["waiting"] == 1
+    first.leave()
+    assert desk.admission.describe()["waiting"] == 1
+    second.answered()
+    assert desk.admission.describe()["waiting"] == 0
 
 
 class Counted:
@@ -192,6 +204,8 @@ class Counted:
         self.errors: list[BaseException | None] = []
 
     async def begin(self) -> None: ...
+
+    def answered(self) -> None: ...
 
     def leave(self, error: BaseException | None = None) -> None:
         self.left += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from vllm.exceptions import VLLMValidationError
 
 from moeray.config import IngressConfig
 from moeray.ingress.grpc_server import start_grpc
@@ -48,6 +50,51 @@ async def code_of(
 async def test_a_message_beyond_the_bound_is_refused(address: str) -> None:
     assert await code_of(address, b"x" * 4097) is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert await code_of(address, b"") is grpc.StatusCode.OK
+
+
+async def test_the_messages_of_all_calls_in_hand_have_a_bound_that_is_given_back_however_they_end() -> None:
+    gate, waiting = asyncio.Event(), asyncio.Semaphore(0)
+
+    async def create(_: Any) -> Any:
+        waiting.release()
+        await gate.wait()
+        raise VLLMValidationError("over")
+
+    openai: Any = SimpleNamespace(models=Models(), chat=SimpleNamespace(create_chat_completion=create))
+    limits = IngressConfig(max_body_bytes=4096, max_bodies_bytes=8192)
+    server, port, _ = await start_grpc(openai, "127.0.0.1", 0, limits=limits)
+    request = pb.ChatRequest(model="m", messages=[pb.ChatMessage(role="user", content="x" * 3000)])
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub = InferenceStub(channel)
+        calls = [stub.Chat(request, timeout=WAIT_S) for _ in range(2)]
+        for _ in calls:
+            await asyncio.wait_for(waiting.acquire(), WAIT_S)
+        with pytest.raises(grpc.aio.AioRpcError, match=r"exceed 8192 bytes \(ingress.max_bodies_bytes\)") as refused:
+            await stub.Chat(request, timeout=WAIT_S)
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert await stub.ListModels(pb.ListModelsRequest(), timeout=WAIT_S) is not None
+        calls[0].cancel()
+        async with asyncio.timeout(WAIT_S):
+            while True:  # the server hears of it a little later
+                third = asyncio.ensure_future(_code(stub.Chat(request, timeout=WAIT_S)))
+                heard = asyncio.ensure_future(waiting.acquire())
+                await asyncio.wait({third, heard}, return_when=asyncio.FIRST_COMPLETED)
+                if heard.done():
+                    break
+                heard.cancel()
+        gate.set()
+        assert await third is await _code(calls[1]) is grpc.StatusCode.INVALID_ARGUMENT
+        assert await _code(stub.Chat(request, timeout=WAIT_S)) is grpc.StatusCode.INVALID_ARGUMENT
+    await server.stop(0)
+
+
+async def _code(call: Any) -> grpc.StatusCode:
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        code: grpc.StatusCode = error.code()
+        return code
+    return grpc.StatusCode.OK
 
 
 async def test_a_message_that_would_have_to_be_unpacked_is_refused(address: str) -> None:

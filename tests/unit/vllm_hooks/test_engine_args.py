@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+from vllm.multimodal.media import MediaConnector
 
 from moeray.config import ConfigError
 from moeray.tiny import checkpoint_path
 from moeray.vllm_hooks.engine_args import EXECUTOR, _defaults, engine_config, front_engine_args, shard_engine_args
 from moeray.vllm_hooks.front import front_dialect
+from moeray.vllm_hooks.openai_app import _NO_LOCAL_FILES
 from moeray.vllm_hooks.served_model import ExpertsIn, describe_model
 from moeray.vllm_hooks.settings import ShardSettings, shard_settings
 
@@ -40,6 +45,31 @@ def plain_front(model: Path, **wanted: Any) -> Any:
 
 def test_the_users_arguments_win_over_our_defaults() -> None:
     assert (shard().max_model_len, shard(max_model_len=128).max_model_len) == (4096, 128)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/a.png", "https://169.254.169.254/latest", "HTTP://[::1]/a"])
+def test_no_url_is_fetched_for_a_client_unless_its_host_was_named(url: str) -> None:
+    connector = MediaConnector(allowed_media_domains=plain_front(V4).allowed_media_domains)
+    with pytest.raises(ValueError, match=r"allowed domains: .*attention.engine_args.allowed_media_domains"):
+        connector.fetch_image(url)
+    assert plain_front(V4, allowed_media_domains=["images.example"]).allowed_media_domains == ["images.example"]
+
+
+def test_a_file_of_the_ingress_is_not_read_for_a_client() -> None:
+    front = plain_front(V4)
+    connector = MediaConnector(
+        allowed_media_domains=front.allowed_media_domains, allowed_local_media_path=front.allowed_local_media_path
+    )
+    with pytest.raises(RuntimeError, match=_NO_LOCAL_FILES):
+        connector.fetch_image("file:///etc/hostname")
+
+
+def test_an_image_in_the_request_needs_no_host() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (3, 2)).save(buffer, "PNG")
+    connector = MediaConnector(allowed_media_domains=plain_front(V4).allowed_media_domains)
+    image = connector.fetch_image(f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}")
+    assert getattr(image, "media", image).size == (3, 2)
 
 
 def test_shard_and_front_agree_on_every_limit_the_front_checks() -> None:

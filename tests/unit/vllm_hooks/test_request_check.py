@@ -8,10 +8,16 @@ from typing import Any
 
 import pytest
 from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import StructuredOutputsParams
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 from moeray.tiny import checkpoint_path
-from moeray.vllm_hooks.request_check import MAX_CHOICES, MAX_CONSTRAINT_CHARS, check_constraint, check_request
+from moeray.vllm_hooks.request_check import (
+    MAX_CHOICES,
+    MAX_CONSTRAINT_CHARS,
+    check_constraint,
+    check_encodable,
+    check_request,
+)
 from moeray.vllm_hooks.served_model import Dialect, describe_model
 
 DEEPSEEK_ROLES = describe_model(checkpoint_path()).dialect.roles
@@ -91,3 +97,23 @@ def test_a_constraint_is_compiled_only_if_it_is_short(field: str) -> None:
 
 def test_without_a_constraint_there_is_nothing_to_check() -> None:
     check_constraint(None)
+
+
+@pytest.mark.parametrize(
+    ("params", "priority", "parameter"),
+    [
+        ({"thinking_token_budget": 2**64}, 0, "thinking_token_budget"),
+        ({"stop_token_ids": [-(2**63) - 1]}, 0, "stop_token_ids"),
+        ({}, 2**70, "priority"),
+    ],
+)
+def test_an_integer_that_the_wire_does_not_have_is_refused_and_its_field_named(
+    params: dict[str, Any], priority: int, parameter: str
+) -> None:
+    with pytest.raises(VLLMValidationError, match="64 bits") as refused:
+        check_encodable(SamplingParams(**params), priority)
+    assert refused.value.parameter == parameter
+
+
+def test_the_largest_integers_that_the_wire_has_pass() -> None:
+    check_encodable(SamplingParams(thinking_token_budget=2**64 - 1, stop_token_ids=[-(2**63)]), -(2**63))

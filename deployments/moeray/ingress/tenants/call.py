@@ -57,6 +57,9 @@ class TenantPlace:
     async def begin(self) -> None:
         await self.call.begin()
 
+    def answered(self) -> None:
+        self.inner.answered()
+
     def record(self, output: EngineCoreOutput) -> None:
         """Tokens have come for one of its sequences."""
         self.num_answered += len(output.new_token_ids)

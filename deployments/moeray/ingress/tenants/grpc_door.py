@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
 
-import grpc
 from grpc_health.v1 import health
 
 from moeray.ingress.errors import abort
+from moeray.ingress.grpc_calls import AroundCalls, Context, Handler
 from moeray.vllm_hooks.admission import Refused
 from moeray.vllm_hooks.openai_app import refusal
 
@@ -16,57 +17,25 @@ if TYPE_CHECKING:
     from moeray.ingress.tenants.call import Call
     from moeray.ingress.tenants.tenants import Tenants
 
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-
 PUBLIC_SERVICE = f"/{health.SERVICE_NAME}/"
 _PEER_NAMES = ("x509_subject_alternative_name", "x509_common_name")
 
 
-class GrpcDoor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class GrpcDoor(AroundCalls):
     """Runs each call as its tenant's."""
 
     def __init__(self, tenants: Tenants) -> None:
         self._tenants = tenants
 
-    async def intercept_service(
-        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
-        details: grpc.HandlerCallDetails,
-    ) -> Handler | None:  # fmt: skip
-        handler = await continuation(details)
-        if handler is None or details.method.startswith(PUBLIC_SERVICE):
-            return handler
-        asks, answers = (
-            "stream" if streaming else "unary" for streaming in (handler.request_streaming, handler.response_streaming)
-        )
-        kind = f"{asks}_{answers}"
-        behaviour = getattr(handler, kind)
-        guarded = self._streaming(behaviour) if handler.response_streaming else self._unary(behaviour)
-        make = getattr(grpc, f"{kind}_rpc_method_handler")
-        made: Handler = make(guarded, handler.request_deserializer, handler.response_serializer)
-        return made
+    def is_for(self, method: str, _: Handler) -> bool:
+        return not method.startswith(PUBLIC_SERVICE)
 
-    def _unary(self, behaviour: Callable[[Any, Context], Awaitable[Any]]) -> Callable[[Any, Context], Awaitable[Any]]:
-        async def guarded(request: Any, context: Context) -> Any:
-            call = await self._call(context)
-            with call.handled():
-                answer = await behaviour(request, context)
-                _tell_limits(call, context)
-                return answer
-
-        return guarded
-
-    def _streaming(
-        self, behaviour: Callable[[Any, Context], AsyncIterator[Any]]
-    ) -> Callable[[Any, Context], AsyncIterator[Any]]:
-        async def guarded(request: Any, context: Context) -> AsyncIterator[Any]:
-            call = await self._call(context)
-            with call.handled():
-                async for message in behaviour(request, context):
-                    yield message
-                _tell_limits(call, context)
-
-        return guarded
+    @asynccontextmanager
+    async def around(self, _: Any, context: Context) -> AsyncIterator[None]:
+        call = await self._call(context)
+        with call.handled():
+            yield
+            _tell_limits(call, context)
 
     async def _call(self, context: Context) -> Call:
         headers = [(name, value) for name, value in context.invocation_metadata() or () if isinstance(value, str)]

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
-
-import msgspec
-
+from moeray.ingress.asgi import App, Message, Receive, Scope, Send, answer_json
 from moeray.ingress.batches.api import OWNER
 from moeray.ingress.certificates import TLS_PEER
 from moeray.ingress.tenants.call import Call
 from moeray.ingress.tenants.tenants import Tenants
 from moeray.vllm_hooks.admission import Refused
 from moeray.vllm_hooks.openai_app import refusal
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 
 class HttpDoor:
@@ -26,7 +17,7 @@ class HttpDoor:
     def __init__(self, app: App, tenants: Tenants) -> None:
         self._app, self._tenants = app, tenants
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
@@ -38,7 +29,8 @@ class HttpDoor:
         try:
             call = self._tenants.call(headers, state.get(TLS_PEER, ()), "http")
         except Refused as error:
-            await _refuse(error, send)
+            challenge = (b"www-authenticate", b"Bearer")
+            await answer_json(send, error.http_status, refusal(error), challenge, retry_after_s=error.retry_after_s)
             return
         state[OWNER] = call.tenant.name
         with call.handled():
@@ -53,14 +45,3 @@ def _with_limits(call: Call, send: Send) -> Send:
         await send(message)
 
     return send_with_limits
-
-
-async def _refuse(error: Refused, send: Send) -> None:
-    body = msgspec.json.encode(refusal(error))
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        (b"www-authenticate", b"Bearer"),
-    ]
-    await send({"type": "http.response.start", "status": int(error.http_status), "headers": headers})
-    await send({"type": "http.response.body", "body": body})

@@ -40,6 +40,8 @@ class Place:
 
     async def begin(self) -> None: ...
 
+    def answered(self) -> None: ...
+
     def leave(self, error: BaseException | None = None) -> None:
         self.left += 1
 
