@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,9 @@ import torch
 from moeray.transport import ExpertCompute, ModelIdentity
 
 logger = logging.getLogger(__name__)
+
+OUT_OF_MEMORY_TRIES, OUT_OF_MEMORY_S = 3, 1.0
+"""Calls of several shards may take a device's memory together; that passes."""
 
 Held = Callable[[], dict[int, tuple[int, ...]]]
 
@@ -46,12 +50,14 @@ class SelfTest:
         experts: tuple[int, ...] = ()
         try:
             experts = self._held().get(layer, ())
-            generator = torch.Generator().manual_seed(layer)
-            x_TD = torch.randn(len(experts), self._identity.hidden_size, generator=generator)
-            x_TD = x_TD.to(device=self._device, dtype=getattr(torch, self._identity.dtype))
-            ids_TK = torch.full((len(experts), self._identity.top_k), -1, dtype=torch.int32)
-            ids_TK[:, 0] = torch.tensor(experts, dtype=torch.int32)
-            self._compute(layer, x_TD, ids_TK.to(self._device))
+            for tries_left in range(OUT_OF_MEMORY_TRIES - 1, -1, -1):
+                try:
+                    self._test(layer, experts)
+                    break
+                except torch.OutOfMemoryError:
+                    if not tries_left:
+                        raise
+                time.sleep(OUT_OF_MEMORY_S)
         except Exception as error:  # noqa: BLE001 whatever it is, a call would meet it, too
             if self._held().get(layer, ()) == experts:  # else they were released meanwhile
                 logger.error("layer %d: the group fails at rows of its own: %s", layer, error)
@@ -60,3 +66,11 @@ class SelfTest:
             logger.warning("layer %d: a call failed, rows of the group's own do not", layer)
         finally:
             self._running.release()
+
+    def _test(self, layer: int, experts: tuple[int, ...]) -> None:
+        generator = torch.Generator().manual_seed(layer)
+        x_TD = torch.randn(len(experts), self._identity.hidden_size, generator=generator)
+        x_TD = x_TD.to(device=self._device, dtype=getattr(torch, self._identity.dtype))
+        ids_TK = torch.full((len(experts), self._identity.top_k), -1, dtype=torch.int32)
+        ids_TK[:, 0] = torch.tensor(experts, dtype=torch.int32)
+        self._compute(layer, x_TD, ids_TK.to(self._device))

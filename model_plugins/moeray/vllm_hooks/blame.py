@@ -12,7 +12,7 @@ from moeray.transport.errors import GroupFailed, PeerLost
 from moeray.vllm_hooks.route import Route
 
 MAX_ERRORS = 3
-"""So often may a group that no other can stand in for fail at one call, until the call is what is wrong."""
+"""So often may a group that no other can stand in for fail at one call, until the call may be what is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +43,8 @@ def judged(route: Route, bad: Mapping[int, Blame], failure: PeerLost | GroupFail
     return Blame(failure.reason, is_doubtful=True, charge=Charge.SLOW if is_merely_slow else Charge.BAD)
 
 
-def is_the_calls_own(errors: Sequence[tuple[str, str]]) -> bool:
-    """Whether errors (group id, reason) that one call got are the call's: two groups agree, or one says it often."""
+def may_be_the_calls_own(errors: Sequence[tuple[str, str]]) -> bool:
+    """Whether errors (group id, reason) that one call got may be the call's: two groups agree, or one says it often."""
     return len({group_id for group_id, _ in errors}) > 1 or len(errors) >= MAX_ERRORS
 
 

@@ -10,9 +10,10 @@ token, from the request's seed and the token's number: nothing else about the pa
 it nor how its prompt was cut into chunks (1 us per token; drawing the past again would cost 2 us for each of its
 tokens).
 
-Touch points: `Request.from_engine_core_request`, `StructuredOutputManager._create_grammar` and `.accept_tokens`,
-`CachedRequestState.__post_init__`, `GPUModelRunner._sample` and the generators' offset in `_bookkeeping_sync`. vLLM's
-second model runner (GPU) needs neither of the last two groups: it is given all token ids, and seeds by position.
+Touch points: `Request.from_engine_core_request` and `.prefill_stats`, `StructuredOutputManager._create_grammar` and
+`.accept_tokens`, `CachedRequestState.__post_init__`, `GPUModelRunner._sample` and the generators' offset in
+`_bookkeeping_sync`. vLLM's second model runner (GPU) needs neither of the last two groups: it is given all token ids,
+and seeds by position.
 """
 
 from __future__ import annotations
@@ -121,6 +122,9 @@ def _begin_with_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
         made = original(cls, request, block_hasher)
         if token_ids := generated_before(request.sampling_params):
             made.append_output_token_ids(token_ids)
+            # The client has them from the first shard. vLLM makes them of a prompt that was never longer than what is
+            # cached of it, which a shard that has just had the same stream ends with.
+            made.prefill_stats = None
         return made
 
     return from_engine_core_request

@@ -25,7 +25,7 @@ from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.output_processor import OutputProcessor
 
 from moeray.vllm_hooks.admission import Need, Place, Refused, keep_place, need_of, with_salt
-from moeray.vllm_hooks.request_check import check_constraint
+from moeray.vllm_hooks.request_check import check_constraint, check_encodable
 
 
 class ShardUnavailable(Refused):
@@ -151,6 +151,7 @@ class FrontLLM(AsyncLLM):
         self, prompt: Any, sampling_params: Any, request_id: str, *, priority: int = 0, **more: Any
     ) -> AsyncGenerator[Any, None]:
         check_constraint(sampling_params.structured_outputs)
+        check_encodable(sampling_params, priority)
         place = self.engine_core.pool.admit(need_of(request_id, prompt, sampling_params, priority))
         need, prompt = place.need, with_salt(prompt, place.need.cache_salt)
         return keep_place(place, super().generate(prompt, sampling_params, request_id, priority=need.priority, **more))

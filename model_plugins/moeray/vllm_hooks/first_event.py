@@ -7,6 +7,7 @@ errors would come as an event after 200, or end the connection.
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
@@ -19,6 +20,8 @@ longer waits for the engine, perhaps in a queue, and its client should have its 
 _PREAMBLE = ("response.created", "response.in_progress")
 """What /v1/responses says before it asks the engine."""
 _ERROR = 'data: {"error":'
+
+_ending: set[asyncio.Future[None]] = set()  # kept, or the loop may drop them
 
 
 def answered(create: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
@@ -45,7 +48,9 @@ async def _begun(stream: AsyncGenerator[Any, None]) -> Any:
 
         await stream.aclose()
         return ErrorResponse.model_validate(msgspec.json.decode(events[0].removeprefix("data: ").rstrip()))
-    return _whole(first, stream)
+    answer = _whole(first, stream)
+    weakref.finalize(answer, first.cancel).atexit = False  # nobody may begin to read it
+    return answer
 
 
 async def _first_events(stream: AsyncGenerator[Any, None]) -> list[Any]:
@@ -60,7 +65,7 @@ async def _first_events(stream: AsyncGenerator[Any, None]) -> list[Any]:
 
 async def _whole(first: asyncio.Future[list[Any]], stream: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
     try:
-        for event in await first:
+        for event in await asyncio.shield(first):  # a second cancellation must not meet it while it ends
             yield event
         async for event in stream:
             yield event
@@ -69,11 +74,17 @@ async def _whole(first: asyncio.Future[list[Any]], stream: AsyncGenerator[Any, N
 
 
 async def _end(first: asyncio.Future[list[Any]], stream: AsyncGenerator[Any, None]) -> None:
-    try:
-        if not first.done():
-            first.cancel()
-            await asyncio.wait({first})  # however it ends
-            if not first.cancelled():
-                first.exception()  # read, or asyncio reports it as lost
-    finally:
-        await stream.aclose()
+    """Goes on by itself if whoever waits for it is cancelled: a stream that still runs cannot be closed."""
+    ending = asyncio.ensure_future(_end_whole(first, stream))
+    _ending.add(ending)
+    ending.add_done_callback(_ending.discard)
+    await asyncio.shield(ending)
+
+
+async def _end_whole(first: asyncio.Future[list[Any]], stream: AsyncGenerator[Any, None]) -> None:
+    if not first.done():
+        first.cancel()
+        await asyncio.wait({first})  # however it ends
+        if not first.cancelled():
+            first.exception()  # read, or asyncio reports it as lost
+    await stream.aclose()

@@ -29,9 +29,10 @@ from moeray.transport.errors import ExpertsMissing, GroupFailed, PeerLost, Stale
 from moeray.transport.interface import DispatchHandle, Transport
 from moeray.transport.links import room_for
 from moeray.transport.wire import MAX_INLINE_ROWS, Geometry
-from moeray.vllm_hooks.blame import Blame, beyond_doubt, can_carry, is_the_calls_own, judged
+from moeray.vllm_hooks.blame import Blame, beyond_doubt, can_carry, judged, may_be_the_calls_own
 from moeray.vllm_hooks.hop_costs import HopCosts
 from moeray.vllm_hooks.route import Route
+from moeray.vllm_hooks.trial import broken_groups
 
 Connect = Callable[[Route, frozenset[int], bool], Transport]
 """`connect(route, absent, in_a_hurry)`: a transport to the route's groups but those; a step waits if in a hurry."""
@@ -278,8 +279,12 @@ class Hop:
                 raise failure  # there is no other group (local)
             if isinstance(failure, GroupFailed):
                 errors.append((self._route.groups[failure.group], f"gave an error: {failure.reason}"))
-                if is_the_calls_own(errors) or not bool(call.x_TD.isfinite().all()):
+                if not bool(call.x_TD.isfinite().all()):
                     raise failure
+                if may_be_the_calls_own(errors):
+                    errors = self._without_broken(errors, call, self._route)
+                    if may_be_the_calls_own(errors):
+                        raise failure
             if isinstance(failure, (PeerLost, GroupFailed)):
                 self._bad[failure.group] = blame = judged(self._route, self._bad, failure)
                 if isinstance(failure, PeerLost):
@@ -298,6 +303,26 @@ class Hop:
         self.costs.stalled(stalled_us)
         logger.warning("layer %d: computed again after %.1f ms", call.layer, stalled_us / 1e3)
         return y_TD
+
+    def _without_broken(self, errors: list[tuple[str, str]], call: LayerCall, route: Route) -> list[tuple[str, str]]:
+        """The errors of groups that can compute something else; the others are left out and accused."""
+        erring = {group_id for group_id, _ in errors}
+        others = {group for group in self._bad if route.groups[group] not in erring}
+
+        def connect(broken: frozenset[int]) -> Transport:
+            return self._connected(route, route.absent | others | broken, in_a_hurry=True)
+
+        self._replace(None)  # on a device there is memory for one
+        try:
+            broken = broken_groups(connect, call.layer, call.x_TD, call.expert_ids_TK, call.weights_TK)
+        except TransportError as error:
+            logger.warning("layer %d: whether the call is to blame cannot be told now: %s", call.layer, error)
+            return []
+        for group, failed in broken.items():
+            self._bad[group] = blame = judged(route, self._bad, failed)
+            self._accuse(route.groups[group], f"{blame.reason} (at rows that are known to be good)", Charge.BAD)
+        ids = {route.groups[group] for group in broken}
+        return [each for each in errors if each[0] not in ids]
 
     def _reconnected(self, call: LayerCall, failure: TransportError, deadline: float) -> Transport:
         """A transport that may carry the call now: to the groups that are left, or of a newer route.

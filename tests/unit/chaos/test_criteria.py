@@ -17,17 +17,18 @@ from chaos.run import main
 SHARD_KILLS = ("kill engine", "kill shard process", "kill shard replica")
 SEQUENTIAL = of_run(FAULTS, every_kind=True, overlap=False)
 OVERLAPPING = of_run(FAULTS, every_kind=True, overlap=True)
+NO_STALLS = replace(OVERLAPPING, stalls=())
 
 
 def event(name: str, stall_s: float = 0.1) -> Event:
-    return Event(name, 1, recovered_s=1.0, stall_s=stall_s)
+    return Event(name, 1, recovered_s=1.0, stall_s=stall_s, moved=1, moved_stall_s=stall_s)
 
 
 def findings() -> Findings:
     """Of a run that misses nothing, by little."""
     events = [event(name) for name in FAULTS]
     events += [event(name) for name in ("kill group", *SHARD_KILLS) for _ in range(2)]
-    return Findings(1, events, 200, first_token_s=0.2)
+    return Findings(1, events, 200, reprefill_s=0.2)
 
 
 def stalled(kinds: tuple[str, ...], *stalls_s: float) -> Findings:
@@ -35,7 +36,8 @@ def stalled(kinds: tuple[str, ...], *stalls_s: float) -> Findings:
     good = findings()
     for kind in kinds:
         for each, stall_s in zip((each for each in good.events if each.name == kind), stalls_s, strict=True):
-            each.stall_s = stall_s
+            each.stall_s = each.moved_stall_s = stall_s
+            each.moved = int(stall_s > 0)
     return good
 
 
@@ -48,24 +50,24 @@ def test_a_run_that_meets_every_criterion_misses_none() -> None:
 def test_a_kind_that_was_not_injected_is_missed_unless_the_machine_lacks_the_means(kind: str) -> None:
     run = findings()
     run.events = [each for each in run.events if each.name != kind] + [Event(kind, 1, skipped="no socket")]
-    assert OVERLAPPING.missed(run) == [f"every kind: {kind} was not injected: no socket"]
-    assert OVERLAPPING.excused(run) == []
+    assert NO_STALLS.missed(run) == [f"every kind: {kind} was not injected: no socket"]
+    assert NO_STALLS.excused(run) == []
     run.events[-1].lacks_means = True
-    assert OVERLAPPING.missed(run) == [] and OVERLAPPING.excused(run) == [f"{kind}: no socket"]
+    assert NO_STALLS.missed(run) == [] and NO_STALLS.excused(run) == [f"{kind}: no socket"]
     run.events.pop()
-    assert len(OVERLAPPING.missed(run)) == 1
+    assert len(NO_STALLS.missed(run)) == 1
 
 
 def test_a_kind_that_was_skipped_once_and_injected_another_time_is_not_missed() -> None:
     run = findings()
     run.events.append(Event("cut channel", 2, skipped="no channel"))
-    assert OVERLAPPING.missed(run) == [] and OVERLAPPING.excused(run) == []
+    assert NO_STALLS.missed(run) == [] and NO_STALLS.excused(run) == []
 
 
 def test_excuses_are_no_faults() -> None:
     run = findings()
     run.events = run.events[:19] + [Event(name, 1, skipped="no", lacks_means=True) for name in list(FAULTS)[19:]]
-    assert OVERLAPPING.missed(run) == ["faults: 19, at least 20"]
+    assert NO_STALLS.missed(run) == ["faults: 19, at least 20"]
 
 
 def test_too_few_requests_are_missed() -> None:
@@ -110,10 +112,24 @@ def test_three_kills_of_each_kind_must_have_met_a_stream(kind: str) -> None:
     assert line == f"stall: {kind} met a stream 2 times, at least 3"
 
 
-def test_stalls_are_judged_only_where_each_fault_has_its_own() -> None:
-    run = stalled(("kill group", *SHARD_KILLS), 30.0, 30.0, 30.0)
-    assert len(SEQUENTIAL.missed(run)) == 3 and OVERLAPPING.missed(run) == []
-    assert OVERLAPPING.repeats == {} and SEQUENTIAL.repeats == dict.fromkeys(("kill group", *SHARD_KILLS), 3)
+def test_a_shard_kill_is_judged_by_the_streams_that_moved() -> None:
+    run = findings()
+    for each in run.events:
+        if each.name in SHARD_KILLS:
+            each.stall_s, each.moved_stall_s = 30.0, 0.1
+    assert SEQUENTIAL.missed(run) == []
+    for each in run.events:
+        each.moved = 0
+    assert SEQUENTIAL.missed(run) == [f"stall: {kind} met a stream 0 times, at least 3" for kind in SHARD_KILLS]
+
+
+def test_where_faults_overlap_those_whose_stalls_are_judged_are_alone() -> None:
+    judged = ("kill group", *SHARD_KILLS)
+    run = stalled(judged, 30.0, 30.0, 30.0)
+    assert len(SEQUENTIAL.missed(run)) == len(OVERLAPPING.missed(run)) == 3
+    assert OVERLAPPING.alone == SEQUENTIAL.alone == set(judged)
+    assert SEQUENTIAL.repeats == dict.fromkeys(judged, 3)
+    assert OVERLAPPING.repeats == {"kill group": 3} | dict.fromkeys(SHARD_KILLS, 1)
 
 
 def test_a_run_of_some_kinds_is_judged_by_what_it_can_have() -> None:
@@ -140,17 +156,18 @@ def test_only_what_the_machine_lacks_is_an_excuse(error: Exception, monkeypatch:
     assert done.skipped and done.lacks_means == isinstance(error, LacksMeans)
 
 
-@pytest.mark.parametrize(("options", "status"), [([], 1), (["--overlap"], 0)])
+@pytest.mark.parametrize(("options", "status"), [(["--every-kind"], 1), (["--every-kind", "--overlap"], 1), ([], 0)])
 def test_a_run_ends_with_an_error_and_a_line_for_what_it_missed(
     options: list[str], status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     def done(plan: Plan, _: object) -> Findings:
-        assert plan.schedule.repeats == ({} if options else SEQUENTIAL.repeats)
+        criteria = of_run(FAULTS, "--every-kind" in options, "--overlap" in options)
+        assert (plan.schedule.repeats, plan.alone) == (criteria.repeats, criteria.alone)
         return stalled(("kill group",), 0.1, 0.1, 30.0)
 
     monkeypatch.setattr("chaos.harness.run", done)
     written = tmp_path / "found.json"
-    monkeypatch.setattr("sys.argv", ["run.py", "--every-kind", "--json", str(written), *options])
+    monkeypatch.setattr("sys.argv", ["run.py", "--json", str(written), *options])
     assert main() == status
     line = "worst stall: kill group: 30.00 s, bound 2.00 s"
     assert (f"MISSED: {line}\n" in capsys.readouterr().out) == bool(status)

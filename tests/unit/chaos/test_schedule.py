@@ -45,6 +45,15 @@ def test_the_rounds_of_a_schedule_are_complete_only_when_what_is_repeated_was_ta
     assert Counter(taken) == {"kill group": 3, "cut link": 1}
 
 
+def test_what_must_be_alone_waits_for_the_others_and_is_not_forgotten() -> None:
+    schedule = Schedule(5, ["kill group", "cut link"])
+    rounds = Rounds(schedule)
+    first, nothing = (rounds.take(frozenset(), {"kill group"}) for _ in range(2))
+    last = rounds.take(frozenset())
+    assert first is not None and last is not None and nothing is None
+    assert (first.name, last.name, rounds.completed) == ("cut link", "kill group", 1)
+
+
 @given(st.integers(0, 2**32), st.lists(st.sampled_from(["", "groups", "shards", "ingresses"])))
 def test_what_harms_a_busy_pool_waits_and_nothing_is_forgotten(seed: int, busy: list[str]) -> None:
     rounds, taken = Rounds(Schedule(seed)), []

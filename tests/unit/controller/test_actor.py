@@ -208,6 +208,21 @@ async def test_a_restarted_controller_publishes_what_was_in_force_and_takes_its_
     await successor.close()
 
 
+async def test_a_store_that_was_set_back_gives_out_no_number_again() -> None:
+    store = Memory()
+    cluster = Cluster(store=store)
+    await cluster.formed()
+    await until(lambda: store.text == to_json(cluster.controller._state))
+    await cluster.close()
+    successor = Cluster(store=store)  # knows of generation 1; its members have come to 3, and have heard of 4
+    for id, role in (("g0", "expert_group"), ("g1", "expert_group"), ("s0", "attention_shard")):
+        index = successor.controller._state.members[id].index
+        await successor.join(role, id, index=index, generation=3, heard=4)
+    await until(lambda: successor.controller._state.proposal is not None)
+    assert successor.controller._state.proposal.number == 5
+    await successor.close()
+
+
 async def test_members_that_do_not_come_back_to_a_restarted_controller_are_lost() -> None:
     store = Memory()
     cluster = Cluster(store=store)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import ray
+import redis
 from redis_server import RedisServer, free_port, missing
 
 from moeray.controller.store import PASSWORD_VARIABLE, RedisStore, Store, StoreError, open_store
@@ -72,6 +73,19 @@ def test_a_redis_that_was_killed_gives_the_text_back_when_it_is_there_again(redi
             call()
     redis_server.start()
     assert store.load() == "text"
+    store.delete()
+
+
+def test_a_redis_that_is_full_says_so_and_keeps_what_it_has(redis_server: RedisServer) -> None:
+    store = open_store(redis_server.url, "full")
+    store.save("text")
+    with redis.Redis.from_url(redis_server.url) as client:
+        client.config_set("maxmemory-policy", "noeviction")
+        client.config_set("maxmemory", 1)
+        with pytest.raises(StoreError, match=r"redis.*maxmemory"):
+            store.save("more")
+        assert store.load() == "text"
+        client.config_set("maxmemory", 0)
     store.delete()
 
 

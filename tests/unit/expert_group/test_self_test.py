@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moeray.expert_group import self_test
 from moeray.expert_group.self_test import SelfTest
 from moeray.transport import ModelIdentity
 
@@ -48,6 +49,24 @@ def test_each_expert_of_the_layer_computes_a_finite_row_of_its_own() -> None:
     assert (layer, x_TD.dtype, list(x_TD.shape), x_TD.isfinite().all().item()) == (1, torch.bfloat16, [2, 8], True)
     assert (ids_TK.dtype, ids_TK.tolist()) == (torch.int32, [[0, -1], [3, -1]])
     assert experts.broken == []
+
+
+def test_memory_that_is_short_for_a_while_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(self_test, "OUT_OF_MEMORY_S", 0.0)
+    passing, lasting = Experts(), Experts(torch.OutOfMemoryError("CUDA out of memory"))
+    tries = iter([torch.OutOfMemoryError("CUDA out of memory"), None])
+
+    def compute(layer: int, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
+        if (error := next(tries)) is not None:
+            raise error
+        return x_TD
+
+    passing.test = SelfTest(compute, lambda: HELD, IDENTITY, torch.device("cpu"), passing.broken.append)
+    for experts in (passing, lasting):
+        experts.test.after_failure(1)
+        experts.finish()
+    assert passing.broken == [] and next(tries, "used") == "used"
+    assert len(lasting.asked) == self_test.OUT_OF_MEMORY_TRIES and lasting.broken == [lasting.fails]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error: an illegal memory access"), ValueError("NaN")])

@@ -77,6 +77,7 @@ def test_touch_point_a_request_is_made_from_the_engine_core_request() -> None:
     install()
     made = Request.from_engine_core_request(continue_after(request(), "r+1", [5, 6]), None)
     assert (made.num_prompt_tokens, made.num_output_tokens, list(made.all_token_ids)) == (2, 2, [7, 8, 5, 6])
+    assert made.prefill_stats is None and Request.from_engine_core_request(request(), None).prefill_stats is not None
 
 
 def test_touch_point_a_grammar_is_made_aside_and_accepts_tokens() -> None:

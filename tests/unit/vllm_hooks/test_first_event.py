@@ -127,3 +127,37 @@ async def test_a_stream_that_fails_while_it_is_cancelled_is_closed_too() -> None
     with pytest.raises(asyncio.CancelledError):
         await asked
     assert stream.closed
+
+
+async def test_a_second_cancellation_does_not_leave_a_slow_stream_open() -> None:
+    may_end = asyncio.Event()
+
+    class Slow(Stream):
+        async def events(self) -> AsyncGenerator[Any, None]:
+            try:
+                await asyncio.Event().wait()
+                yield ""
+            finally:
+                await may_end.wait()
+                self.closed = True
+
+    stream = Slow()
+    begun = await answered(stream.create)()
+    reading = asyncio.ensure_future(anext(begun))
+    for _ in range(2):
+        await asyncio.sleep(0.01)
+        reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    may_end.set()
+    async with asyncio.timeout(60):
+        while not stream.closed:
+            await asyncio.sleep(0.01)
+
+
+async def test_an_answer_that_nobody_begins_to_read_ends_its_stream() -> None:
+    stream = Stream(asyncio.Event(), "data: 1")
+    await answered(stream.create)()
+    async with asyncio.timeout(60):
+        while not stream.closed:
+            await asyncio.sleep(0.01)

@@ -15,6 +15,7 @@ from moeray.membership import Charge
 from moeray.placement import Placement, contiguous
 from moeray.transport import (
     DispatchHandle,
+    ExpertsMissing,
     GroupFailed,
     GroupServer,
     HandshakeRefused,
@@ -43,9 +44,11 @@ class Doubling:
     fails: list[tuple[str, TransportError]] = field(default_factory=list)
     closed: int = 0
     kept: list[Tensor] = field(default_factory=list)
+    asked: list[Tensor] = field(default_factory=list)
 
     def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> DispatchHandle:
         self._fail("dispatch")
+        self.asked.append(x_TD)
         self.kept.append(x_TD * 2)
         return self
 
@@ -269,6 +272,52 @@ def test_an_error_that_two_groups_give_is_the_calls_own() -> None:
     with pytest.raises(GroupFailed, match="expert group 0 failed"):
         layer_call(hop)
     assert cluster.accused == [], "nobody knows that a group is to blame"
+
+
+def test_two_groups_that_fail_at_good_rows_too_are_broken_and_the_call_waits_for_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hop_module, "RETRY_S", 60.0)
+    cluster = Cluster()
+    cluster.fails = [[("combine", GroupFailed(group, "NaN"))] for group in (1, 0, 1, 0)]
+    cluster.fails.append([("dispatch", ExpertsMissing(0, [0, 1]))])
+    hop = cluster.hop()
+    hop.follow(cluster.route())
+    found: list[Tensor] = []
+    call = in_thread(lambda: found.append(layer_call(hop)))
+    wait_until_it_waits(hop)
+    trials = cluster.made[2:5]
+    assert [trial.absent for trial in trials] == [frozenset(), {1}, {0, 1}]
+    assert all(trial.closed for trial in trials)
+    assert [(group, charge) for group, _, charge in cluster.accused] == [
+        ("group-1", Charge.BAD), ("group-0", Charge.BAD)
+    ]  # fmt: skip
+    hop.announce(cluster.route(2))
+    call.join(60)
+    assert torch.equal(found[0], X * 2) and hop.left_out == {}
+
+
+def test_without_copies_a_group_that_fails_at_good_rows_too_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hop_module, "RETRY_S", 0.01)
+    cluster = Cluster(copies=False)
+    refused = [("combine", GroupFailed(1, "NaN"))]
+    missing: list[tuple[str, TransportError]] = [("dispatch", ExpertsMissing(0, [1]))]
+    cluster.fails = [refused[:], refused[:], refused[:], refused[:], missing]
+    hop = cluster.hop()
+    hop.follow(cluster.route())
+    assert torch.equal(layer_call(hop), X * 2)
+    assert [group for group, _, _ in cluster.accused] == ["group-1"]
+
+
+def test_the_trial_has_other_rows_of_the_same_shape() -> None:
+    cluster = Cluster()
+    cluster.fails = [[("combine", GroupFailed(1, "NaN"))], [("combine", GroupFailed(0, "NaN"))]]
+    hop = cluster.hop()
+    hop.follow(cluster.route())
+    with pytest.raises(GroupFailed):
+        layer_call(hop)
+    (trial,) = cluster.made[2:]
+    assert not trial.asked[0].equal(X) and trial.asked[0].shape == X.shape and trial.asked[0].isfinite().all()
 
 
 def test_an_error_of_a_group_is_told_once_another_has_computed_the_call() -> None:
