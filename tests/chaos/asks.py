@@ -10,6 +10,7 @@ from clusters import golden_request
 
 MODEL = "moeray-tiny"
 LONG_TOKENS = 260
+NUM_FLOWING = 4
 _ONLY_TEXT = '{"group": "An expert group owns a slice of the routed experts", "states": ["starting", "ready", "lost"]}'
 """A grammar without a choice: where the model wavers, the last bits of its numbers would decide."""
 
@@ -22,6 +23,7 @@ class Ask:
         name: its key in the fault-free run.
         protocol: http or grpc.
         body: OpenAI's JSON, `stream` included.
+        path: of HTTP.
         abort_after: chunks after which the client goes away; None reads to the end.
         flows: a stream whose every token comes in a chunk at once, so that a gap in it is a stall and nothing else.
     """
@@ -31,6 +33,7 @@ class Ask:
     body: dict[str, Any] = field(hash=False)
     abort_after: int | None = None
     flows: bool = False
+    path: str = "/v1/chat/completions"
 
     @property
     def is_stream(self) -> bool:
@@ -63,6 +66,7 @@ def catalogue(golden: list[dict[str, Any]], seed: int) -> list[Ask]:
     asks += _both_ways("JSON schema", single[6] | {"response_format": _only(drawn[6]["expected"])})
     for number in range(2):
         asks += _both_ways(f"long {number}", _long(number))
+    for number in range(NUM_FLOWING):
         # Tokens without text come in no chunk otherwise; gRPC has no such field.
         every_token = _long(number) | {"stream": True, "return_token_ids": True}
         asks.append(Ask(f"every token {number}", "http", every_token, flows=True))

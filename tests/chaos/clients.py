@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -21,8 +21,13 @@ from moeray.v1.inference_pb2_grpc import InferenceStub
 
 TIMEOUT_S = 240.0
 """Of one request; more than `experts.wait_s`, which may pass when experts have no copy left."""
+_BROKEN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+"""What gRPC makes of it; the second of a call that arrives while the server ends."""
 _DETAILS = "grpc-status-details-bin"
 """Carried by every error that the service itself gives, and by none that gRPC makes of a broken connection."""
+
+
+REQUEST_ID = "x-request-id"
 
 
 class Refused(Exception):
@@ -45,7 +50,8 @@ class Outcome:
         logprobs: every log-probability in order; compared with a tolerance.
         failure: what the server said, or what broke.
         cut: the connection broke, and the protocol has no way to go on: a client may ask again.
-        cuts: how often that happened before this outcome.
+        cuts: when that happened, to this ask before it was answered.
+        request_id: what the client called it.
     """
 
     ask: Ask
@@ -56,17 +62,25 @@ class Outcome:
     logprobs: list[float] = field(default_factory=list)
     failure: str = ""
     cut: bool = False
-    cuts: int = 0
+    cuts: list[float] = field(default_factory=list)
+    request_id: str = ""
 
-    def gaps(self) -> Iterator[tuple[float, float]]:
-        """(from, to) of every wait between two pieces of a stream that flows."""
-        return pairwise(self.times) if self.ask.flows else iter(())
+    def gaps(self, first_chunk_s: float = 0.0) -> Iterator[tuple[float, float]]:
+        """(from, to) of every wait of a stream that flows: for its first chunk longer than usual, and between two.
+
+        Args:
+            first_chunk_s: what is usual.
+        """
+        if self.ask.flows and self.times:
+            yield min(self.started + first_chunk_s, self.times[0]), self.times[0]
+            yield from pairwise(self.times)
 
 
-def perform(ask: Ask, endpoints: dict[str, str]) -> Outcome:
+def perform(ask: Ask, endpoints: dict[str, str], request_id: str = "") -> Outcome:
     """Ask once."""
-    outcome = Outcome(ask, time.monotonic())
-    chunks = _http(ask, endpoints["http"]) if ask.protocol == "http" else _grpc(ask, endpoints["grpc"])
+    outcome = Outcome(ask, time.monotonic(), request_id=request_id)
+    over = http_chunks if ask.protocol == "http" else _grpc_chunks
+    chunks = over(ask, endpoints[ask.protocol], {REQUEST_ID: request_id} if request_id else {})
     collected = _Answer()
     try:
         for chunk in chunks:
@@ -121,15 +135,20 @@ class _Answer:
         return json.dumps([sorted(self._choices.items()), self._usage], ensure_ascii=False)
 
 
-def _http(ask: Ask, base: str) -> Iterator[dict[str, Any]]:
+def http_chunks(ask: Ask, base: str, headers: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """Every chunk of a stream, or the answer.
+
+    Raises:
+        Refused, Cut: see there.
+    """
     where = urlsplit(base)
     connection = http.client.HTTPConnection(where.hostname or "", where.port, timeout=TIMEOUT_S)
     try:
         connection.request(
             "POST",
-            "/v1/chat/completions",
+            ask.path,
             json.dumps(ask.body),
-            {"content-type": "application/json", "connection": "close"},
+            {"content-type": "application/json", "connection": "close", **headers},
         )
         answer = connection.getresponse()
         if answer.status != 200:
@@ -153,23 +172,24 @@ def _http(ask: Ask, base: str) -> Iterator[dict[str, Any]]:
         connection.close()
 
 
-def _grpc(ask: Ask, address: str) -> Iterator[dict[str, Any]]:
+def _grpc_chunks(ask: Ask, address: str, headers: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     body = {key: value for key, value in ask.body.items() if key != "stream"}
     body.pop("stream_options", None) if not ask.is_stream else None
     options = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0))
     with grpc.insecure_channel(address, options=options) as channel:
         stub, request = InferenceStub(channel), ParseDict(body, pb.ChatRequest())
+        metadata = tuple(headers.items())
         try:
             if ask.is_stream:
-                call = stub.ChatStream(request, timeout=TIMEOUT_S)
+                call = stub.ChatStream(request, timeout=TIMEOUT_S, metadata=metadata)
                 try:
                     for chunk in call:
                         yield to_json(chunk)
                 finally:
                     call.cancel()
             else:
-                yield to_json(stub.Chat(request, timeout=TIMEOUT_S))
+                yield to_json(stub.Chat(request, timeout=TIMEOUT_S, metadata=metadata))
         except grpc.RpcError as error:
             answered = any(key == _DETAILS for key, _ in error.trailing_metadata() or ())
-            broken = error.code() is grpc.StatusCode.UNAVAILABLE and not answered
+            broken = error.code() in _BROKEN and not answered
             raise (Cut if broken else Refused)(f"gRPC {error.code().name}: {error.details()}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from chaos.faults import FAULTS
@@ -18,26 +18,28 @@ class StallBound:
     Attributes:
         kinds: of which each must have been injected `min_count` times, or there is no median to speak of.
         median_s, worst_s: of `Event.stall_s`; None bounds nothing.
-        reprefill: the text so far is computed anew: `Findings.first_token_s` is allowed beside `median_s`.
+        moves: streams must go on elsewhere, where their text so far is computed anew: `Findings.reprefill_s` is allowed
+            beside `median_s`. Of these streams alone, by `Event.moved_stall_s`.
     """
 
     kinds: frozenset[str]
     median_s: float
     worst_s: float | None = None
-    reprefill: bool = False
+    moves: bool = False
     min_count: int = 3
 
     def missed(self, findings: Findings) -> list[str]:
         """In words. A fault that no flowing stream met has no stall, and counts for nothing."""
         name = ", ".join(sorted(self.kinds))
-        met = [each for each in findings.injected if each.name in self.kinds and each.stall_s > 0]
+        injected = [each for each in findings.injected if each.name in self.kinds]
+        met = [each for each in injected if (each.moved if self.moves else each.stall_s > 0)]
         counts = {kind: sum(each.name == kind for each in met) for kind in sorted(self.kinds)}
         told = [
             f"stall: {kind} met a stream {count} times, at least {self.min_count}"
             for kind, count in counts.items() if count < self.min_count
         ]  # fmt: skip
-        stalls = [each.stall_s for each in met]
-        bound = self.median_s + (findings.first_token_s if self.reprefill else 0.0)
+        stalls = [each.moved_stall_s if self.moves else each.stall_s for each in met]
+        bound = self.median_s + (findings.reprefill_s if self.moves else 0.0)
         if stalls and median(stalls) > bound:
             told.append(f"median stall: {name}: {median(stalls):.2f} s, bound {bound:.2f} s")
         if stalls and self.worst_s is not None and max(stalls) > self.worst_s:
@@ -47,7 +49,7 @@ class StallBound:
 
 STALLS = (
     StallBound(frozenset({"kill group"}), median_s=0.5, worst_s=2.0),
-    StallBound(frozenset({"kill engine", "kill shard process", "kill shard replica"}), median_s=0.5, reprefill=True),
+    StallBound(frozenset({"kill engine", "kill shard process", "kill shard replica"}), median_s=0.5, moves=True),
 )
 
 
@@ -59,8 +61,7 @@ class Criteria:
         kinds: each must have been injected. One that the machine has no means for, such as a server, is excused and
             told by name.
         min_requests, min_faults: that the run has seen.
-        stalls: for runs that wait until everything is whole before the next fault. Of overlapping faults none can say
-            whose a stall is, so there is no bound for them.
+        stalls: their kinds must be injected alone, or none can say whose a stall is.
     """
 
     kinds: frozenset[str] = frozenset()
@@ -72,6 +73,11 @@ class Criteria:
     def repeats(self) -> dict[str, int]:
         """How often a schedule must have each of the kinds whose stalls are judged."""
         return {kind: bound.min_count for bound in self.stalls for kind in bound.kinds}
+
+    @property
+    def alone(self) -> frozenset[str]:
+        """The kinds that no other fault may overlap."""
+        return frozenset().union(*(bound.kinds for bound in self.stalls))
 
     def missed(self, findings: Findings) -> list[str]:
         """One line per criterion that is not met, its name first; none if the run was good."""
@@ -98,12 +104,14 @@ class Criteria:
 def of_run(names: Iterable[str], every_kind: bool, overlap: bool) -> Criteria:
     """Of `run.py` with these options: all there are for a run of every kind; the least for one that leaves kinds out.
 
-    Stalls are judged where each kind is wanted and none overlaps another.
+    Stalls are judged where each kind is wanted; where faults overlap, with one sample of each way to kill a shard.
     """
     kinds = frozenset(names)
     if not every_kind:
         return Criteria()
-    stalls = () if overlap else tuple(bound for bound in STALLS if bound.kinds <= kinds)
+    stalls = tuple(bound for bound in STALLS if bound.kinds <= kinds)
+    if overlap:
+        stalls = tuple(replace(bound, min_count=-(-bound.min_count // len(bound.kinds))) for bound in stalls)
     if kinds < frozenset(FAULTS):
         return Criteria(kinds, stalls=stalls)
     return Criteria(kinds, min_requests=200, min_faults=20, stalls=stalls)

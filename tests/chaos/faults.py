@@ -27,6 +27,8 @@ FULL_S = 5.0
 DOWN_S = 7.0
 SCALE_S = 240.0
 TOLD_S = 10.0
+BUSY, SPREAD_S = 3, 40.0
+"""Requests on a shard that is to be killed, and how long to wait for them, and for watched streams to spread anew."""
 DETAILS = {"attention_shard": {"shard_pid", "engine_pid"}, "expert_group": {"experts"}}
 
 
@@ -46,6 +48,7 @@ class Context:
         whole: the numbers of processes that make the cluster whole now; scaling changes them.
         shm: the cluster's own /dev/shm as this process reaches it; None where it has none of its own.
         redis: what keeps the controller's state; None where there is no server.
+        have_all_begun_since: whether each watched stream began after a time.
         harmed: processes chosen in this injection: several faults at once have different victims.
     """
 
@@ -56,6 +59,7 @@ class Context:
     whole: Counts
     shm: Path | None = None
     redis: RedisServer | None = None
+    have_all_begun_since: Callable[[float], bool] = lambda _: True
     harmed: set[str] = field(default_factory=set)
 
     def one(self, role: str) -> dict[str, Any]:
@@ -68,6 +72,17 @@ class Context:
         victim = self.rng.choice(found)
         self.harmed.add(victim["id"])
         return victim
+
+    def wait_until_it_is_busy(self, victim: dict[str, Any]) -> None:
+        """A shard that has just started runs no long stream: its death would hurt nobody, and prove nothing."""
+        asked = time.monotonic()
+
+        def is_busy(state: dict[str, Any]) -> bool:
+            return self.have_all_begun_since(asked) and any(
+                each["id"] == victim["id"] and each.get("running", 0) >= BUSY for each in state["processes"]
+            )
+
+        self.watcher.wait(is_busy, SPREAD_S)
 
     def _known(self, role: str) -> list[dict[str, Any]]:
         return [
@@ -120,9 +135,12 @@ def _of(inject: Fault, *roles: str) -> Kind:
 def _signal(number: signal.Signals, role: str, key: str = "pid") -> Kind:
     def inject(context: Context) -> Harm:
         victim = context.one(role)
+        if role == "attention_shard":
+            context.wait_until_it_is_busy(victim)
+        began = time.monotonic()
         os.kill(victim[key], number)
         what = f"{number.name} {role} {victim['id']} {key} {victim[key]}"
-        return Harm(what, role == "ingress", frozenset({victim[key]}))
+        return Harm(what, role == "ingress", frozenset({victim[key]}), began)
 
     return _of(inject, role)
 
@@ -164,6 +182,27 @@ def cut_channel(context: Context) -> Harm:
     return Harm(f"cut channel socket {descriptor} of EngineCore pid {shard}")
 
 
+def deafen_channel(context: Context) -> Harm:
+    """One shard no longer hears one group's bell, and neither end knows."""
+    shard = context.one("attention_shard")["engine_pid"]
+    found = sockets.doorbells(shard)
+    if not found:
+        raise CannotInject(f"EngineCore {shard} has no channel")
+    descriptor = context.rng.choice(found)
+    sockets.deafen(shard, descriptor)
+    return Harm(f"deafened channel socket {descriptor} of EngineCore pid {shard}")
+
+
+def restart_ingresses(context: Context) -> Harm:
+    """`moeray restart ingress`: each drains and is replaced, one after the other."""
+    pids = frozenset(each["pid"] for each in context.watcher.processes("ingress"))
+    began = time.monotonic()
+    done = context.cluster.moeray("restart", "ingress", timeout_s=SCALE_S)
+    if done.returncode:
+        return Harm(f"moeray restart ingress failed: {done.stderr.strip()[-300:]}", is_broken=True)
+    return Harm("moeray restart ingress", True, pids, began)
+
+
 def cut_group_connection(context: Context) -> Harm:
     """One shard's TCP connection to one group."""
     shard, group = context.one("attention_shard")["engine_pid"], context.one("expert_group")["pid"]
@@ -187,17 +226,23 @@ def _link(harm: Callable[[int, int], None], word: str, both_ends: bool) -> Kind:
     return _of(inject, "ingress")
 
 
-def garbage_group(context: Context) -> Harm:
-    """Random bytes over a part of a group's weights."""
-    group = context.one("expert_group")
-    held: Mapping[Any, Any] = group["experts"]["held"]
-    found = weights.find(group["pid"], context.checkpoint, held)
-    if not found:
-        raise CannotInject(f"no weight was found in the memory of expert group {group['pid']}")
-    began = time.monotonic()
-    weights.spoil(group["pid"], found, context.rng)
-    what = f"{len(found)} matrices of expert group pid {group['pid']} overwritten"
-    return Harm(what, False, frozenset({group["pid"]}), began)
+def _garbage(num_groups: int) -> Kind:
+    """Random bytes over a part of the weights of so many groups, at once."""
+
+    def inject(context: Context) -> Harm:
+        found: dict[int, dict[int, int]] = {}
+        for group in [context.one("expert_group") for _ in range(num_groups)]:
+            held: Mapping[Any, Any] = group["experts"]["held"]
+            found[group["pid"]] = weights.find(group["pid"], context.checkpoint, held)
+            if not found[group["pid"]]:
+                raise CannotInject(f"no weight was found in the memory of expert group {group['pid']}")
+        began = time.monotonic()
+        for pid, places in found.items():
+            weights.spoil(pid, places, context.rng)
+        what = " + ".join(f"{len(places)} matrices of expert group pid {pid}" for pid, places in found.items())
+        return Harm(f"{what} overwritten", False, frozenset(found), began)
+
+    return _of(inject, "expert_group")
 
 
 def full_shm(context: Context) -> Harm:
@@ -264,6 +309,7 @@ def _together(*kinds: Kind) -> Kind:
             " + ".join(each.what for each in done),
             any(each.cuts_clients for each in done),
             frozenset().union(*(each.beyond_repair for each in done)),
+            min((each.began for each in done if each.began is not None), default=None),
         )
 
     return Kind(inject, frozenset().union(*(kind.pools for kind in kinds)))
@@ -293,13 +339,16 @@ FAULTS: Mapping[str, Kind] = {
     "cut group connection": _of(cut_group_connection, "expert_group"),
     "cut link": _link(sockets.cut, "cut", both_ends=False),
     "half-open link": _link(sockets.deafen, "deafened", both_ends=True),
-    "garbage from group": _of(garbage_group, "expert_group"),
+    "deafened channel": _of(deafen_channel, "expert_group"),
+    "garbage from group": _garbage(1),
+    "garbage from two groups": _garbage(2),
+    "restart ingresses": _of(restart_ingresses, "ingress"),
     "full /dev/shm": _of(full_shm),
     "more groups": _scale("experts", "groups", +1),
     "fewer groups": _scale("experts", "groups", -1),
     "more shards": _scale("attention", "shards", +1),
     "fewer shards": _scale("attention", "shards", -1),
-    "kill group and engine": _together(_signal(_KILL, "expert_group"), _signal(_KILL, "attention_shard", "engine_pid")),
+    "kill group and engine": _together(_signal(_KILL, "attention_shard", "engine_pid"), _signal(_KILL, "expert_group")),
     "kill group and controller": _together(_signal(_KILL, "controller"), _signal(_KILL, "expert_group")),
     "kill two groups": _together(_signal(_KILL, "expert_group"), _signal(_KILL, "expert_group")),
 }

@@ -6,24 +6,26 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
-from clusters import Cluster, cluster
+from clusters import Cluster, cluster, is_running
 from redis_server import RedisServer, missing
 
 from chaos.asks import catalogue
 from chaos.faults import FAULTS, SCALE_S, CannotInject, Context, Harm, LacksMeans, Planned, Schedule
-from chaos.load import Load, reference, what_is_wrong
-from chaos.report import Event, Findings, attribute, first_chunk_s, long_gaps
+from chaos.load import REQUEST_PREFIX, Load, reference, reprefill_s, what_is_wrong
+from chaos.report import STALL_S, Event, Findings, attribute, first_chunk_s, long_gaps
 from chaos.watching import PERIOD_S, Counts, OwnPauses, Watcher, is_whole, signs
 from moeray.cli.connection import ray_connection
 from moeray.tiny import checkpoint_path
@@ -35,6 +37,8 @@ HANG_S = 3.0
 UNNOTICED_S = 2 * HANG_S
 """What no account shows after so long has done no lasting harm."""
 SHM = "256m"
+LOGS = Path("/tmp/ray/session_latest/logs")
+MOVED = re.compile(rf"({REQUEST_PREFIX}\d+)\S* goes on on ")
 Say = Callable[[str], None]
 
 
@@ -46,6 +50,7 @@ class Plan:
         seconds: faults are injected for so long; the last ones may recover afterwards.
         every_kind: and until each fault of the schedule was injected, as often as it is repeated.
         overlap: a fault begins as soon as the pools that it harms are whole, while others may be under repair.
+        alone: faults that no other overlaps all the same.
         logs: where the logs of the cluster's processes are kept.
         every: of the catalogue's asks, each so-many-th is used.
     """
@@ -53,11 +58,12 @@ class Plan:
     seconds: float
     seed: int
     schedule: Schedule
-    num_clients: int = 6
+    num_clients: int = 4
     every: int = 1
     whole: Counts = WHOLE
     every_kind: bool = False
     overlap: bool = False
+    alone: frozenset[str] = frozenset()
     logs: Path | None = None
 
 
@@ -84,11 +90,13 @@ def run(plan: Plan, say: Say = print) -> Findings:
         say(f"cluster is up after {running.up_seconds:.0f} s; {len(asks)} asks, seed {plan.seed}")
         wait_until_whole(watcher, plan.whole)
         right = reference(asks, running.endpoints, plan.num_clients)
+        again_s = reprefill_s(asks, running.endpoints)
         say("fault-free answers are known")
-        context = Context(
-            running, watcher, random.Random(plan.seed), checkpoint_path(), plan.whole, shm_of(running), redis
-        )
         load = Load(asks, running.endpoints, plan.num_clients, plan.seed)
+        context = Context(
+            running, watcher, random.Random(plan.seed), checkpoint_path(), plan.whole, shm_of(running), redis,
+            load.have_all_begun_since,
+        )  # fmt: skip
         pauses = OwnPauses()
         pauses.start()
         load.start()
@@ -100,12 +108,24 @@ def run(plan: Plan, say: Say = print) -> Findings:
             load.stop()
             pauses.stop()
             if plan.logs is not None:
-                shutil.copytree(Path("/tmp/ray/session_latest/logs").resolve(), plan.logs, dirs_exist_ok=True)
-        failures, quiet_stall_s = attribute(events, load.outcomes, lambda outcome: what_is_wrong(outcome, right))
-        return Findings(
-            plan.seed, events, len(load.outcomes), failures, quiet_stall_s, first_chunk_s(right.values()),
-            long_gaps(load.outcomes), pauses.found,
+                shutil.copytree(LOGS.resolve(), plan.logs, dirs_exist_ok=True)
+        usual_s = first_chunk_s(right.values())
+        failures, quiet_stall_s = attribute(
+            events, load.outcomes, lambda outcome: what_is_wrong(outcome, right),
+            first_chunk_s=usual_s,
         )  # fmt: skip
+        return Findings(
+            plan.seed, events, len(load.outcomes), failures, quiet_stall_s, again_s, usual_s,
+            long_gaps(load.outcomes, usual_s), pauses.found,
+        )  # fmt: skip
+
+
+def moved_requests(logs: Path) -> Counter[str]:
+    """Requests of the load that an ingress says went on on another shard, and how often."""
+    found: Counter[str] = Counter()
+    for file in logs.glob("worker-*.err"):
+        found.update(MOVED.findall(file.read_text(errors="replace")))
+    return found
 
 
 def inject_all(plan: Plan, context: Context, say: Say) -> list[Event]:
@@ -115,8 +135,11 @@ def inject_all(plan: Plan, context: Context, say: Say) -> list[Event]:
     while time.monotonic() < ends or (plan.every_kind and rounds.completed < plan.schedule.num_rounds):
         under_repair = [each for each in faults if not each.is_over.is_set()]
         planned = None
-        if plan.overlap or not under_repair:
-            planned = rounds.take(frozenset().union(*(each.pools for each in under_repair)))
+        if not any(each.event.name in plan.alone and not each.is_far for each in faults[-1:]) and (
+            plan.overlap or not under_repair
+        ):
+            busy = frozenset[str]().union(*(each.pools for each in under_repair))
+            planned = rounds.take(busy, plan.alone if under_repair else ())
         if planned is not None:
             time.sleep(planned.pause_s)
             faults.append(inject(planned, context, say))
@@ -139,10 +162,10 @@ class Rounds:
         self._round = next(self._rounds)
         self.completed = 0
 
-    def take(self, busy: frozenset[str]) -> Planned | None:
-        """The first of this round that harms no busy pool, if any."""
+    def take(self, busy: frozenset[str], without: Collection[str] = ()) -> Planned | None:
+        """The first of this round that harms no busy pool and is not among `without`, if any."""
         for planned in self._round:
-            if not FAULTS[planned.name].pools & busy:
+            if planned.name not in without and not FAULTS[planned.name].pools & busy:
                 self._round.remove(planned)
                 if not self._round:
                     self._round = next(self._rounds)
@@ -169,6 +192,7 @@ class Injected:
         self._before = signs(context.watcher.state)
         self.event.began = time.monotonic()
         self.overdue_at = self.event.began + SCALE_S + RECOVERY_S
+        self._moved_before = moved_requests(LOGS.resolve())
         self._noticed: float | None = None
         self._forget = context.watcher.listen(self._look)
 
@@ -178,6 +202,11 @@ class Injected:
         event.began = event.injected = harm.began or event.began
         self.overdue_at = time.monotonic() + RECOVERY_S
         self.harm = harm
+
+    @property
+    def is_far(self) -> bool:
+        """Whether a stall that begins now is no longer its own."""
+        return self.is_over.is_set() and (bool(self.event.skipped) or time.monotonic() > self.event.injected + STALL_S)
 
     def is_overdue(self) -> bool:
         return time.monotonic() > self.overdue_at
@@ -193,6 +222,8 @@ class Injected:
         harm, context = self.harm, self._context
         if harm is None:
             return
+        if self.event.victims_gone is None and not any(is_running(pid) for pid in harm.beyond_repair):
+            self.event.victims_gone = now
         # A state from before the harm has done its work would look whole.
         has_worked = self._noticed is not None or (not harm.beyond_repair and now - self.event.began > UNNOTICED_S)
         if has_worked and not harm.is_broken and is_whole(state, context.whole, harm.beyond_repair, self.pools):
@@ -205,6 +236,7 @@ class Injected:
         if self._noticed is not None:
             event.noticed_s = max(0.0, self._noticed - event.began)
         event.ended = now
+        event.moved_ids = sorted(moved_requests(LOGS.resolve()) - self._moved_before)
         self._say(_told(event))
         self.is_over.set()
 

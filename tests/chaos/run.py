@@ -3,8 +3,8 @@
     python tests/chaos/run.py --seconds 300 --seed 7 --json chaos.json
     python tests/chaos/run.py --seconds 600 --only "kill group" --only "stop group"
 
-Criteria are in `chaos.criteria`: with --every-kind all of them; without --overlap those of stalls, too, for which some
-kinds are injected several times.
+Criteria are in `chaos.criteria`: with --every-kind all of them. Those of stalls need some kinds several times, and
+alone even with --overlap.
 
 The same seed gives the same faults in the same order on the same kinds of victims. --document fills docs/faults.md.
 """
@@ -44,7 +44,7 @@ def main() -> int:
     whole = replace(WHOLE, ingresses=options.ingresses)
     plan = Plan(
         options.seconds, options.seed, schedule, options.clients,
-        whole=whole, every_kind=options.every_kind, overlap=options.overlap, logs=options.logs,
+        whole=whole, every_kind=options.every_kind, overlap=options.overlap, alone=criteria.alone, logs=options.logs,
     )  # fmt: skip
     findings = run(plan, say)
     facts = {
@@ -63,7 +63,7 @@ def main() -> int:
     if findings.own_pauses:
         longest = max(until - since for since, until in findings.own_pauses)
         print(f"the clients themselves stood still {len(findings.own_pauses)} times, {longest:.2f} s at most")
-    print(f"first chunk of a stream without a fault after {findings.first_token_s:.2f} s")
+    print(f"without a fault: first chunk after {findings.first_chunk_s:.2f} s, re-prefill {findings.reprefill_s:.2f} s")
     missed = criteria.missed(findings)
     for word, lines in (("excused", criteria.excused(findings)), ("MISSED", missed)):
         for line in lines:
@@ -87,7 +87,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--every-kind", action="store_true", help="and until each kind was injected; judge all")
     parser.add_argument("--overlap", action="store_true", help="inject while what other faults harmed is under repair")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--clients", type=int, default=6, metavar="N", help="requests at a time (default 6)")
+    parser.add_argument(
+        "--clients", type=int, default=4, metavar="N", help="requests at a time, beside the watched streams (default 4)"
+    )
     parser.add_argument("--ingresses", type=int, default=WHOLE.ingresses, metavar="N")
     parser.add_argument("--only", action="append", choices=[*FAULTS], help="this fault, may be given several times")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
