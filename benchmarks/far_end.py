@@ -11,6 +11,7 @@ from contenders import Case, ReadyRows
 from floors import gloo_group, no_delay, receive_into
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from moeray.config import ClusterTlsConfig
 from moeray.transport import GroupServer
 
 
@@ -27,9 +28,9 @@ class Answerer:
         """Be on that node of a network from now on."""
         node.enter()
 
-    def serve(self, hidden: int, host: str) -> str:
+    def serve(self, hidden: int, host: str, tls: ClusterTlsConfig | None = None) -> str:
         """An expert group with ready rows; returns its address."""
-        server = GroupServer(ReadyRows(hidden), Case(1, hidden).identity, positions={1: 0}, host=host)
+        server = GroupServer(ReadyRows(hidden), Case(1, hidden).identity, positions={1: 0}, host=host, tls=tls)
         self.servers.append(server)
         return server.start()
 

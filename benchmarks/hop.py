@@ -20,9 +20,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter, perf_counter_ns, sleep
 from typing import Any
 
@@ -34,18 +36,23 @@ from far_end import Answerer
 from floors import GlooFloor, MemcpyFloor, SocketFloor
 from pinned import Process, pin, two_cores
 
+from moeray.config import ClusterTlsConfig
 from moeray.vllm_hooks.settings import SPIN_S
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+from certificates import cluster_certificate
 
 BATCHES, HIDDENS = (1, 8, 32, 128), (256, 1024, 4096)
 TRANSPORTS: dict[str, dict[str, Any]] = {
     "channel": {"backend": "gloo", "channel": "same_user", "spin_s": SPIN_S},
     "channel_sleeping": {"backend": "gloo", "channel": "same_user"},
     "gloo": {"backend": "gloo", "channel": "off"},
+    "tls": {"backend": "gloo", "channel": "off"},
 }
 """Fields of `TransportSpec`; `channel` as a shard with a core of its own has it, `channel_sleeping` on a shared one."""
 FLOOR_OF = {
-    "channel": "socket", "channel_sleeping": "socket", "gloo": "gloo_p2p", "local": "memcpy", "gloo_p2p": "socket",
-    "socket": "socket",
+    "channel": "socket", "channel_sleeping": "socket", "gloo": "gloo_p2p", "tls": "gloo_p2p", "local": "memcpy",
+    "gloo_p2p": "socket", "socket": "socket",
 }  # fmt: skip
 WARM_UP = 20
 
@@ -129,9 +136,11 @@ def contenders_of(hidden: int, core: int) -> Iterator[list[Contender]]:
             GlooFloor(ends["gloo_p2p"], local, local),
             LayerCalls.local(hidden),
         ]
+        certificate = cluster_certificate(Path(stack.enter_context(TemporaryDirectory())))
         for name, spec in TRANSPORTS.items():
-            address = ends[name].ask("serve", hidden, local)
-            contenders.append(LayerCalls.to_group(name, hidden, address, **spec))
+            tls = certificate if name == "tls" else ClusterTlsConfig()
+            address = ends[name].ask("serve", hidden, local, tls)
+            contenders.append(LayerCalls.to_group(name, hidden, address, tls=tls, **spec))
         for contender in contenders:
             stack.callback(contender.close)
         yield contenders

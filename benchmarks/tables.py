@@ -57,21 +57,22 @@ def _with_source(make: Callable[[list[Record]], str], file: Path) -> str:
 
 
 def hop_table(found: list[Record]) -> str:
-    """One line per width and batch; channel and Gloo beside their floors."""
+    """One line per width and batch; channel, Gloo and TLS beside their floors."""
     rows = []
     for hidden, batch in dict.fromkeys((each["hidden"], each["batch"]) for each in found):
         at = {each["transport"]: each for each in found if (each["hidden"], each["batch"]) == (hidden, batch)}
-        channel, gloo = at["channel"], at["gloo"]
+        channel, gloo, tls = at["channel"], at["gloo"], at["tls"]
         packed = channel["stages_us"]["pack"] + channel["stages_us"]["combine"]
         rows.append(
             [hidden, batch, _us(at["local"], "floor_us"), _us(at["socket"]),
              f"{_us(channel)} / {_us(channel, 'p99_us')}", _ratio(channel), f"{packed:.0f}",
              _us(channel, "call_us"), _us(at["gloo_p2p"]),
-             f"{_us(gloo)} / {_us(gloo, 'p99_us')}", _ratio(gloo), _us(gloo, "call_us")]
+             f"{_us(gloo)} / {_us(gloo, 'p99_us')}", _ratio(gloo), _us(gloo, "call_us"),
+             f"{_us(tls)} / {_us(tls, 'p99_us')}", _ratio(tls), _us(tls, "call_us")]
         )  # fmt: skip
     head = [
         "hidden", "batch", "memcpy", "socket", "channel p50 / p99", "x socket", "its pack + combine", "its whole call",
-        "Gloo p2p", "Gloo p50 / p99", "x Gloo p2p", "its whole call",
+        "Gloo p2p", "Gloo p50 / p99", "x Gloo p2p", "its whole call", "TLS p50 / p99", "x Gloo p2p", "its whole call",
     ]  # fmt: skip
     return markdown(head, rows)
 

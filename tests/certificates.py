@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+
+from moeray.config import ClusterTlsConfig
 
 DAY = datetime.timedelta(days=1)
 
@@ -71,3 +74,17 @@ class Authority:
 
 def _pem(certificate: x509.Certificate) -> bytes:
     return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def cluster_certificate(folder: Path, name: str = "moeray") -> ClusterTlsConfig:
+    """`cluster_tls` of a cluster with an authority of its own."""
+    authority = Authority(folder, "cluster authority")
+    own = authority.sign(name)
+    return ClusterTlsConfig(str(own.cert), str(own.key), str(authority.file), name)
+
+
+def overwrite(config: ClusterTlsConfig, renewed: ClusterTlsConfig) -> Iterator[str]:
+    """Put what `renewed` has into the files of `config`, one after the other; gives the key of each before it does."""
+    for key in ("key_file", "cert_file", "ca_file"):
+        yield key
+        Path(getattr(config, key)).write_bytes(Path(getattr(renewed, key)).read_bytes())

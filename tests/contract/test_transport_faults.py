@@ -14,6 +14,7 @@ import pytest
 from test_transport import SMALL, assert_equals_oracle, serve
 from transport_peers import Peer, Shard, eventually, spec_of, spread
 
+from moeray.mutual_tls import ClusterCertificate
 from moeray.transport import PeerLost, Transport, TransportError, connect
 from moeray.transport.handshake import Hello, receive_message, send_message
 
@@ -94,7 +95,9 @@ def test_a_group_refuses_by_itself_whatever_the_shard_thinks(groups: list[Peer],
         sender="shard x", backend="gloo", group=0, generation=1, inline_rows=4, max_tokens=9, identity=identity
     )
     deadline = time.monotonic() + 5
-    with socket.create_connection((host, int(port))) as connection:
+    certificate = ClusterCertificate.of(spec_of(SMALL).tls)
+    with socket.create_connection((host, int(port))) as plain:
+        connection = plain if certificate is None else certificate.dialled(plain)
         send_message(connection, hello.to_json(), deadline)
         answer = receive_message(connection, deadline)
         assert answer["refused"].startswith("fingerprint is 'other' at shard x, ")

@@ -5,12 +5,14 @@ They are forked from a server process that has imported torch once, so that a pr
 
 from __future__ import annotations
 
+import atexit
 import functools
 import gc
 import logging
 import multiprocessing
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -19,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from certificates import cluster_certificate
 from torch import Tensor
 
-from moeray.config import ChannelUsers
+from moeray.config import ChannelUsers, ClusterTlsConfig
 from moeray.deepseek_v4.experts import ExpertWeights, HeldExperts, new_store
 from moeray.placement import Placement
 from moeray.transport import (
@@ -35,7 +38,7 @@ from moeray.transport import (
 )
 
 NUM_LAYERS, WIDTH, LIMIT = 2, 16, 1.0
-LINKS = ("channel", "gloo", "mixed")
+LINKS = ("channel", "gloo", "mixed", "tls")
 """How a test's shards reach its groups; mixed: those with an even number by channel, the others by gloo."""
 _links = "channel"
 
@@ -56,6 +59,18 @@ def links_between(num_groups: int) -> tuple[str, ...]:
 def users_of(group: int) -> ChannelUsers:
     """The group's setting that makes it so."""
     return "off" if _links == "mixed" and group % 2 else "same_user"
+
+
+@functools.cache
+def certificate() -> ClusterTlsConfig:
+    """The cluster's, as long as this process lives."""
+    folder = tempfile.TemporaryDirectory(prefix="moeray-certificates-")
+    atexit.register(folder.cleanup)
+    return cluster_certificate(Path(folder.name))
+
+
+def tls_of_links() -> ClusterTlsConfig:
+    return certificate() if _links == "tls" else ClusterTlsConfig()
 
 
 @dataclass(frozen=True)
@@ -133,6 +148,7 @@ class ServerSettings:
     host: str = "127.0.0.1"
     lies_about: int | None = None
     lie: float = float("nan")
+    tls: ClusterTlsConfig = field(default_factory=tls_of_links)
 
     def start(self) -> GroupServer:
         held = {
@@ -158,6 +174,7 @@ class ServerSettings:
             host=self.host,
             backend=self.backend,
             channel=self.channel,
+            tls=self.tls,
         )
 
 
@@ -259,7 +276,7 @@ def resources() -> tuple[int, int]:
 def spec_of(model: Model, name: str = "test", **changes: Any) -> TransportSpec:
     spec = TransportSpec(
         shard=name, backend="gloo", identity=model.identity, max_tokens=2048, connect_timeout_s=20,
-        channel="off" if _links == "gloo" else "same_user",
+        channel="off" if _links in ("gloo", "tls") else "same_user", tls=tls_of_links(),
     )  # fmt: skip
     return replace(spec, **changes)
 

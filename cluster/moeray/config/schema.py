@@ -148,6 +148,35 @@ class TlsConfig:
 
 
 @dataclass(frozen=True, config=_FROM_FILE)
+class ClusterTlsConfig:
+    """Encryption of what the cluster's processes say to each other; moeray.mutual_tls. All three files, or none.
+
+    Attributes:
+        cert_file, key_file: PEM, for servers and clients alike; every node has its own or the same.
+        ca_file: PEM of the authority that signs for this cluster, and for nobody else.
+        name: the DNS name that every certificate bears.
+    """
+
+    cert_file: str = ""
+    key_file: str = ""
+    ca_file: str = ""
+    name: Annotated[str, Field(min_length=1)] = "moeray"
+
+    @property
+    def is_on(self) -> bool:
+        return bool(self.cert_file)
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> ClusterTlsConfig:
+        missing = [key for key in ("cert_file", "key_file", "ca_file") if not getattr(self, key)]
+        if 0 < len(missing) < 3:
+            raise ValueError(
+                f"cluster_tls.{missing[0]}: cert_file, key_file and ca_file belong together: give all or none"
+            )
+        return self
+
+
+@dataclass(frozen=True, config=_FROM_FILE)
 class BatchConfig:
     """OpenAI's batch API: files of requests that are answered when there is room.
 
@@ -313,6 +342,16 @@ class ClusterConfig:
     health: HealthConfig = Field(default_factory=HealthConfig)
     redis: RedisConfig = Field(default_factory=RedisConfig)
     tenants: TenancyConfig = Field(default_factory=TenancyConfig)
+    cluster_tls: ClusterTlsConfig = Field(default_factory=ClusterTlsConfig)
+
+    @model_validator(mode="after")
+    def _check_cluster_tls(self) -> Self:
+        if self.cluster_tls.is_on and self.backend == "nccl":
+            raise ValueError(
+                "cluster_tls: NCCL has no encryption. Encrypt the network below it (WireGuard, IPsec, an encrypting "
+                "network plugin) and leave cluster_tls out, or write `transport.backend: gloo`"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_tenants(self) -> Self:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moeray.mutual_tls import CertificateError, ClusterCertificate
 from moeray.placement import Placement
 from moeray.transport.all_to_all import AllToAllTransport
 from moeray.transport.errors import TransportError
@@ -56,7 +57,11 @@ def connect(
         identity=spec.identity,
     )
     reached = {group: addresses[group] for group in present}
-    rendezvous = ShardRendezvous.dial(reached, hello, spec.host, spec.connect_timeout_s)
+    try:
+        certificate = ClusterCertificate.of(spec.tls)
+    except CertificateError as error:
+        raise TransportError(str(error)) from error
+    rendezvous = ShardRendezvous.dial(reached, hello, spec.host, spec.connect_timeout_s, certificate)
     links, failure = build_links(spec, rendezvous)
     if links is None:
         rendezvous.close()

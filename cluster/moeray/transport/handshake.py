@@ -1,4 +1,4 @@
-"""First words between a shard and a group, over plain TCP, before any communicator is built.
+"""First words between a shard and a group, over TCP (TLS with `cluster_tls`), before any communicator is built.
 
 Each message is a 4-byte big-endian length and that many bytes of JSON. Lengths and times are bounded, so garbage or
 silence on the port costs one connection and nothing else.
@@ -8,7 +8,8 @@ silence on the port costs one connection and nothing else.
     shard -> group   how they will talk, see `Start`
     group -> shard   {"ready": true}, once its end of the link exists
 
-The connection then stays open and silent: its end-of-file is the notice of death, in both directions.
+The connection then stays open: its end-of-file is the notice of death, in both directions. Over TLS it carries the
+rows (tls_streams.py), unless a channel does; otherwise it is silent.
 """
 
 from __future__ import annotations
@@ -124,7 +125,8 @@ class Start:
     Attributes:
         rank: of the group among those that the shard reaches by its backend; 0 if it has come by channel.
         size: of that communicator, the shard included.
-        store: "host:port" of the store through which its ends find each other; "" for a channel.
+        store: "host:port" of the store through which its ends find each other; "" where this connection or a channel
+            carries the rows.
         connect_timeout_s: for building it.
         token: what the shard has sent on its channel; "" without one. Others cannot know it.
     """
@@ -138,6 +140,10 @@ class Start:
     @property
     def by_channel(self) -> bool:
         return self.rank == 0
+
+    @property
+    def by_this_connection(self) -> bool:
+        return self.rank > 0 and not self.store
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

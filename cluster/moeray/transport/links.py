@@ -20,6 +20,7 @@ from moeray.transport.memory import MessageMemory, PrivateMemory, ReservedMemory
 from moeray.transport.mixed import MixedCommunicator
 from moeray.transport.rendezvous import ShardRendezvous
 from moeray.transport.spec import TransportSpec
+from moeray.transport.tls_streams import TlsCommunicator
 from moeray.transport.wire import Geometry
 
 CHANNEL_BACKENDS = ("gloo",)
@@ -31,7 +32,7 @@ class Links:
     """What a transport sends by, and where its messages must lie.
 
     Attributes:
-        names: per group, "channel" or the backend.
+        names: per group, "channel", "tls" or the backend.
     """
 
     communicator: Communicator
@@ -56,20 +57,23 @@ def build_links(spec: TransportSpec, rendezvous: ShardRendezvous) -> tuple[Links
             for index, connection in channels.items():
                 _share(rendezvous.groups[index], connection, arena, token)
         remote = [index for index in range(num_groups) if index not in channels]
-        store, address = host_store(spec.host, spec.connect_timeout_s) if remote else (None, "")
+        by_store = remote and not spec.tls.is_on
+        store, address = host_store(spec.host, spec.connect_timeout_s) if by_store else (None, "")
         rendezvous.start(_starts(num_groups, remote, address, token, spec.connect_timeout_s))
         parts: list[tuple[Communicator, list[int]]] = []
         if arena is not None:
             by_rank = {1 + own: connection for own, connection in enumerate(channels.values())}
             parts.append((Channels(by_rank, arena, spec.spin_s), [0, *(1 + index for index in channels)]))
-        if store is not None:
-            parts.append((_remote_part(spec, rendezvous, remote, store), [0, *(1 + index for index in remote)]))
+        if remote:
+            part = _tls_part(rendezvous, remote) if store is None else _remote_part(spec, rendezvous, remote, store)
+            parts.append((part, [0, *(1 + index for index in remote)]))
     except TransportError as error:
         return None, _given_up(channels, arena, error.with_traceback(None))
     except (OSError, RuntimeError, ValueError, ImportError) as error:
         reason = TransportError(f"cannot build the {spec.backend} communicator on {spec.host}: {error}")
         return None, _given_up(channels, arena, reason)
-    names = tuple("channel" if index in channels else spec.backend for index in range(num_groups))
+    name = "tls" if spec.tls.is_on else spec.backend
+    names = tuple("channel" if index in channels else name for index in range(num_groups))
     communicator = parts[0][0] if len(parts) == 1 else MixedCommunicator(parts)
     private = PrivateMemory(torch.device(spec.device)) if spec.reserved is None else ReservedMemory(spec.reserved)
     return Links(communicator, arena or private, names), None
@@ -106,6 +110,11 @@ def _remote_part(spec: TransportSpec, rendezvous: ShardRendezvous, remote: list[
         connect_timeout_s=spec.connect_timeout_s,
         peer_gone=peer_gone,
     )
+
+
+def _tls_part(rendezvous: ShardRendezvous, remote: list[int]) -> Communicator:
+    """With the groups that no channel reaches, where the connections are encrypted."""
+    return TlsCommunicator({1 + own: rendezvous.hand_over(index) for own, index in enumerate(remote)})
 
 
 def room_for(geometry: Geometry, max_tokens: int, num_groups: int) -> int:

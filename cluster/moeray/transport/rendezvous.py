@@ -1,16 +1,18 @@
-"""The shard's plain TCP connections to its groups: dialled for the handshake, kept as notices of death."""
+"""The shard's connections to its groups: dialled for the handshake, kept as notices of death."""
 
 from __future__ import annotations
 
 import os
 import select
 import socket
+import ssl
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 
+from moeray.mutual_tls import CertificateError, ClusterCertificate
 from moeray.transport.errors import HandshakeRefused, PeerLost, TransportError
 from moeray.transport.handshake import Hello, Start, receive_message, send_message
 
@@ -37,13 +39,21 @@ class ShardRendezvous:
         self._index_of = {connection.fileno(): index for index, connection in enumerate(self._connections)}
 
     @classmethod
-    def dial(cls, addresses: Mapping[int, str], hello: Hello, host: str, timeout_s: float) -> ShardRendezvous:
+    def dial(
+        cls,
+        addresses: Mapping[int, str],
+        hello: Hello,
+        host: str,
+        timeout_s: float,
+        certificate: ClusterCertificate | None = None,
+    ) -> ShardRendezvous:
         """Say hello to every group.
 
         Args:
             addresses: group number -> "host:port", ascending.
             hello: of the shard; its `group` is set for each.
             host: local address to dial from.
+            certificate: with it, TLS.
         Raises:
             PeerLost: a group cannot be reached or does not answer in time.
             HandshakeRefused: either side found that they do not belong together.
@@ -54,11 +64,11 @@ class ShardRendezvous:
         failure: TransportError | None = None
         for group, address in addresses.items():
             try:
-                connections.append(_dial(address, host, deadline))
+                connections.append(_dial(address, host, deadline, certificate))
                 channels.append(_greet(connections[-1], replace(hello, group=group), deadline))
             except HandshakeRefused as error:
                 failure = HandshakeRefused(f"expert group {group} at {address}: {error}")
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, CertificateError) as error:
                 failure = PeerLost(group, f"no handshake with {address}: {error}")
             if failure is not None:
                 for connection in connections:
@@ -82,6 +92,13 @@ class ShardRendezvous:
             with _link_of(group):
                 receive_message(connection, deadline)
 
+    def hand_over(self, index: int) -> ssl.SSLSocket:
+        """The connection with a group, to carry rows from now on; `gone` watches it no more."""
+        connection = self._connections[index]
+        assert isinstance(connection, ssl.SSLSocket)
+        self._poll.unregister(connection)
+        return connection
+
     def gone(self) -> int | None:
         """Index of a group whose connection has ended; does not block (about 1 us). None after `close`."""
         if not self._connections:
@@ -92,7 +109,8 @@ class ShardRendezvous:
     def close(self) -> None:
         while self._connections:
             connection = self._connections.pop()
-            self._poll.unregister(connection)
+            with suppress(KeyError, ValueError):  # handed over, or closed by whom it was handed over to
+                self._poll.unregister(connection)
             connection.close()
 
 
@@ -104,12 +122,18 @@ def _link_of(group: int) -> Iterator[None]:
         raise PeerLost(group, f"did not build its end of the link: {error}") from None
 
 
-def _dial(address: str, host: str, deadline: float) -> socket.socket:
+def _dial(address: str, host: str, deadline: float, certificate: ClusterCertificate | None) -> socket.socket:
     name, _, port = address.rpartition(":")
     remaining_s = max(0.001, deadline - monotonic())
     connection = socket.create_connection((name, int(port)), remaining_s, source_address=(host, 0))
     keep_alive(connection)
-    return connection
+    if certificate is None:
+        return connection
+    try:
+        return certificate.dialled(connection)
+    except BaseException:
+        connection.close()
+        raise
 
 
 def _greet(connection: socket.socket, hello: Hello, deadline: float) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -15,7 +16,8 @@ from time import monotonic, sleep
 
 import torch
 
-from moeray.config import ChannelUsers
+from moeray.config import ChannelUsers, ClusterTlsConfig
+from moeray.mutual_tls import ClusterCertificate
 from moeray.transport.backends import build_communicator, join_store
 from moeray.transport.channel import ChannelListener
 from moeray.transport.errors import HandshakeRefused
@@ -26,6 +28,7 @@ from moeray.transport.merging import MergedCompute
 from moeray.transport.rendezvous import keep_alive, keep_alive_all, peer_has_gone
 from moeray.transport.session import BufferedLink, ComputeInto, GroupLink, Session, SessionCounts, copying
 from moeray.transport.spec import geometry_of
+from moeray.transport.tls_streams import TlsCommunicator
 
 HANDSHAKE_TIMEOUT_S = 5.0
 MAX_CONNECT_TIMEOUT_S = 120.0
@@ -67,6 +70,7 @@ class GroupServer:
         device: str = "cpu",
         channel: ChannelUsers = "same_user",
         may_poll: bool = False,
+        tls: ClusterTlsConfig | None = None,
         on_failure: Callable[[int], None] = lambda _: None,
     ) -> None:
         """Keep the settings; `start` listens.
@@ -77,7 +81,10 @@ class GroupServer:
             host: the only address listened on; port 0 takes a free one.
             may_poll: no other process needs this one's cores: a single shard's next call is awaited without sleeping.
             channel: which shards of this node may use shared memory instead of the backend (gloo only).
+            tls: if it is on, only shards of this cluster are spoken to, encrypted.
             on_failure: called with the layer of each call that could not be computed, by the thread that answers it.
+        Raises:
+            CertificateError: a file of `tls` cannot be used.
         """
         self._may_poll, self._on_failure = may_poll, on_failure
         self._compute: ComputeInto = compute if isinstance(compute, MergedCompute) else copying(compute)
@@ -86,6 +93,7 @@ class GroupServer:
         self._host, self._port = host, port
         self._device = torch.device(device)
         self._channel = channel if backend in CHANNEL_BACKENDS else "off"
+        self._certificate = ClusterCertificate.of(tls)
         self._lock = threading.Lock()
         self._shards: list[ConnectedShard] = []
         self._listener: socket.socket | None = None
@@ -146,6 +154,8 @@ class GroupServer:
         while True:
             try:
                 connection, address = listener.accept()
+                if self._certificate is not None:
+                    connection = self._certificate.accepting(connection)
             except OSError:
                 if self._listener is None:
                     return
@@ -193,6 +203,9 @@ class GroupServer:
     def _greet(self, shard: ConnectedShard, channel: str) -> Hello:
         keep_alive(shard.connection)
         deadline = monotonic() + HANDSHAKE_TIMEOUT_S
+        if isinstance(shard.connection, ssl.SSLSocket):
+            shard.connection.settimeout(HANDSHAKE_TIMEOUT_S)
+            shard.connection.do_handshake()
         refused: str | None = None
         theirs: Hello | None = None
         ours = self._hello(channel, None)
@@ -222,12 +235,15 @@ class GroupServer:
         start = Start.from_json(receive_message(shard.connection, monotonic() + MAX_CONNECT_TIMEOUT_S))
         geometry = geometry_of(theirs.identity, theirs.dispatch_format, theirs.inline_rows)
         timeout_s = min(start.connect_timeout_s, MAX_CONNECT_TIMEOUT_S)
-        link: GroupLink
+        tls = shard.connection if isinstance(shard.connection, ssl.SSLSocket) else None
+        link: GroupLink | None = None
         if start.by_channel:
             if listener is None:
                 raise HandshakeRefused("it comes by a channel that was not offered")
             link = listener.accept(start.token, timeout_s, self._may_poll_now)
-        else:
+        elif start.by_this_connection is not (tls is not None):
+            raise HandshakeRefused("rows between nodes go by the connection of the handshake if that is encrypted")
+        elif tls is None:
             communicator = build_communicator(
                 theirs.backend,
                 join_store(start.store, timeout_s),
@@ -242,6 +258,9 @@ class GroupServer:
             link = BufferedLink(communicator, geometry, theirs.max_tokens, lambda: keep_alive_all(host))
             del communicator
         send_message(shard.connection, {"ready": True}, monotonic() + HANDSHAKE_TIMEOUT_S)
+        if link is None:
+            assert tls is not None
+            link = BufferedLink(TlsCommunicator({0: tls}), geometry, theirs.max_tokens)
         return Session(link, geometry, self._compute, lambda: self._positions, self._on_failure)
 
 
@@ -251,4 +270,5 @@ def _rank_if_gone(connection: socket.socket) -> Callable[[], int | None]:
 
 def _shut(connection: socket.socket) -> None:
     with suppress(OSError):  # it ended by itself
-        connection.shutdown(socket.SHUT_RDWR)
+        # Not SSLSocket's own: that first makes the connection a plain one, which another thread may be sending on.
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)

@@ -66,17 +66,21 @@ class BufferedLink:
     """
 
     def __init__(
-        self, communicator: Communicator, geometry: Geometry, max_tokens: int, on_connected: Callable[[], None]
+        self,
+        communicator: Communicator,
+        geometry: Geometry,
+        max_tokens: int,
+        on_connected: Callable[[], None] | None = None,
     ) -> None:
         """Make room.
 
         Args:
             on_connected: called when the first message is here: backends connect on first use.
-            max_tokens: of one message. Gloo takes a shorter message into a larger receive, so all of it comes at once;
-                the system commits only what is written.
+            max_tokens: of one message. Gloo and TLS take a shorter message into a larger receive, so all of it comes at
+                once; the system commits only what is written.
         """
         self._communicator = communicator
-        self._on_connected: Callable[[], None] | None = on_connected
+        self._on_connected = on_connected
         self.device = communicator.device
         num_bytes = geometry.block_bytes
         if not communicator.bucketed:

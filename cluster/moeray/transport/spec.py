@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from moeray.config import ChannelUsers, RowFormatName
+from moeray.config import ChannelUsers, ClusterTlsConfig, RowFormatName
 from moeray.transport.errors import TransportError
 from moeray.transport.handshake import ModelIdentity
 from moeray.transport.rows import row_format
@@ -34,6 +34,7 @@ class TransportSpec:
         channel: with whose groups on this node rows go through shared memory instead of the backend (gloo only).
         dispatch_format: how rows travel to the groups, see rows.py.
         reserved: memory on the device for the messages, see `room_for`; None allocates it. Unused by channels.
+        tls: encrypts what goes between nodes (gloo only); the groups have it, too.
         spin_s: how long a wait on a channel may poll before it sleeps; 0 where the core is not this shard's alone.
     """
 
@@ -51,6 +52,7 @@ class TransportSpec:
     dispatch_format: RowFormatName = "plain"
     spin_s: float = 0.0
     reserved: Tensor | None = None
+    tls: ClusterTlsConfig = field(default_factory=ClusterTlsConfig)
 
     @property
     def geometry(self) -> Geometry:

@@ -17,6 +17,7 @@ import grpc
 import ray
 
 from moeray.attention_shard import link as wire
+from moeray.attention_shard.channels import dial
 from moeray.attention_shard.child import ShardProcess
 from moeray.attention_shard.spec import ShardSpec
 from moeray.config import ClusterConfig
@@ -25,6 +26,7 @@ from moeray.controller.settings import ControllerSettings
 from moeray.deepseek_v4.source import locate
 from moeray.health import guard
 from moeray.membership import Charge, MembershipError, Role, View
+from moeray.mutual_tls import ClusterCertificate
 from moeray.placement import CoreShare, Layout, Placement, contiguous
 from moeray.placement.machine import has_core_for_each
 from moeray.vllm_hooks.served_model import ExpertsIn, describe_model, experts_in
@@ -60,7 +62,7 @@ class AttentionShard:
         logger.info("%s: experts are computed in the %s", spec.shard, self._experts_in)
         self._child = await ShardProcess.start(spec, self._set_stage)
         self._watched = guard(config.health.hang_s)
-        self._channel = grpc.aio.insecure_channel(self._child.address, options=wire.CHANNEL_OPTIONS)
+        self._channel = dial(self._child.address, ClusterCertificate.of(config.cluster_tls))
         tensors = (await self._info(tensors=True)).tensors or {}
         self._weights = _summary(tensors)
         self._reaper = asyncio.create_task(self._reap(self._child))
@@ -275,6 +277,7 @@ def _spec(
         wait_for_connect=place is not ExpertsIn.VLLM,
         hang_s=config.health.hang_s,
         step_s=config.health.step_s,
+        tls=config.cluster_tls,
     )
     return spec, place
 
@@ -294,4 +297,5 @@ def _shard_settings(config: ClusterConfig, directory: Path, index: int, spin_s: 
         host=ray.util.get_node_ip_address(),
         spin_s=spin_s,
         micro_batches=config.attention.micro_batches,
+        tls=config.cluster_tls,
     )

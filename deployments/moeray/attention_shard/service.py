@@ -13,11 +13,13 @@ import grpc
 import msgspec
 
 from moeray.attention_shard import link as wire
+from moeray.attention_shard.channels import add_port
 from moeray.attention_shard.engine import EngineLost, ShardEngine
 from moeray.attention_shard.kv_events import CachedBlocks, follow
 from moeray.attention_shard.relay import Relay, handlers
 from moeray.attention_shard.routes import RouteServer
 from moeray.attention_shard.spec import ShardSpec
+from moeray.mutual_tls import ClusterCertificate
 from moeray.placement import Placement
 from moeray.vllm_hooks.hop import Accuse
 from moeray.vllm_hooks.route import Route
@@ -65,6 +67,7 @@ class ShardService:
 
         Raises:
             RuntimeError: the address is taken.
+            CertificateError: a file of `cluster_tls` cannot be used.
         """
         if (published := self._engine.kv_events) is not None:
             endpoint, algorithm = published
@@ -74,7 +77,7 @@ class ShardService:
             self._following.add_done_callback(_say_why)
         unary = {"Connect": self._connect, "Info": self._info}
         self._server.add_generic_rpc_handlers((handlers(self.relay, unary),))
-        port: int = self._server.add_insecure_port(f"{self._spec.host}:{self._spec.port}")
+        port = add_port(self._server, f"{self._spec.host}:{self._spec.port}", ClusterCertificate.of(self._spec.tls))
         await self._server.start()
         return port
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from moeray.config import ClusterTlsConfig
 from moeray.membership import Charge
 
 
@@ -24,6 +25,7 @@ class ShardSpec:
         wait_for_connect: refuse ingresses until the expert groups' addresses have come through `Connect`.
         drain_s: how long SIGTERM lets requests in flight go on here; the rest goes on at other shards.
         hang_s: this process, or its engine, is killed when it gives no sign of life for so long.
+        tls: with it, the relay speaks to processes of its cluster only.
         step_s: its engine is killed when one step takes so long, without what that waits for experts.
     """
 
@@ -38,6 +40,7 @@ class ShardSpec:
     drain_s: float = 5.0
     hang_s: float = 10.0
     step_s: float = 300.0
+    tls: ClusterTlsConfig = field(default_factory=ClusterTlsConfig)
 
 
 @dataclass(frozen=True, slots=True)

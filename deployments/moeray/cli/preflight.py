@@ -20,6 +20,7 @@ from moeray.deepseek_v4.checkpoint import Checkpoint
 from moeray.deepseek_v4.errors import CheckpointError
 from moeray.deepseek_v4.inspection import value_bytes
 from moeray.deepseek_v4.source import locate
+from moeray.mutual_tls import ClusterCertificate
 from moeray.tenancy import Identities, RegistryUnavailable
 from moeray.vllm_hooks.served_model import ExpertsIn, describe_model, experts_in, has_tokenizer
 
@@ -44,6 +45,7 @@ def preflight(config: ClusterConfig) -> None:
     if os.environ.get("RAY_ADDRESS"):
         return  # ports and memory are those of other nodes
     _check_tenants(config)
+    ClusterCertificate.of(config.cluster_tls)
     _check_ports(config)
     _check_memory(config, model.directory, checkpoint)
 

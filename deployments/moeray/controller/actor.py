@@ -25,6 +25,7 @@ from moeray.controller.store import Store, open_store
 from moeray.health import guard
 from moeray.membership import Charge, Membership, MemberState, Role, SnapshotError, View
 from moeray.membership.snapshot import from_json
+from moeray.mutual_tls import ClusterCertificate
 from moeray.placement import CoreShare, Machine, Placement, Wanted
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,9 @@ class Controller:
         self._changed = asyncio.Event()
         self._reports: dict[str, dict[str, Any]] = {}
         self._cores = CoreLedger()
-        self._leases = LeaseServer(self._lost, silence_s=settings.silence_s)
+        self._leases = LeaseServer(
+            self._lost, silence_s=settings.silence_s, certificate=ClusterCertificate.of(settings.cluster_tls)
+        )
         self._lease_address: asyncio.Task[str] | None = None
         self._tasks: list[asyncio.Task[None]] = []
 

@@ -13,6 +13,8 @@ import socket
 import threading
 from collections.abc import Callable
 
+from moeray.mutual_tls import ClusterCertificate
+
 logger = logging.getLogger(__name__)
 
 MAX_ID_BYTES = 256
@@ -22,8 +24,11 @@ CONNECT_S = 10.0
 class LeaseServer:
     """The controller's end. `on_lost(id, reason)` is called once per lease, on the event loop."""
 
-    def __init__(self, on_lost: Callable[[str, str], None], *, silence_s: float) -> None:
+    def __init__(
+        self, on_lost: Callable[[str, str], None], *, silence_s: float, certificate: ClusterCertificate | None = None
+    ) -> None:
         self._on_lost = on_lost
+        self._tls = None if certificate is None else certificate.for_server()
         self._silence_s = silence_s
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
@@ -31,7 +36,7 @@ class LeaseServer:
 
     async def start(self, host: str) -> str:
         """Listen on an ephemeral port of `host`; returns host:port."""
-        self._server = await asyncio.start_server(self._hold, host, 0, limit=MAX_ID_BYTES)
+        self._server = await asyncio.start_server(self._hold, host, 0, limit=MAX_ID_BYTES, ssl=self._tls)
         port = self._server.sockets[0].getsockname()[1]
         return f"{host}:{port}"
 
@@ -78,7 +83,15 @@ class LeaseServer:
 class Lease:
     """A member's end. Beats from a thread of its own: imports and model loading block the event loop for seconds."""
 
-    def __init__(self, address: str, token: str, *, beat_s: float, silence_s: float) -> None:
+    def __init__(
+        self,
+        address: str,
+        token: str,
+        *,
+        beat_s: float,
+        silence_s: float,
+        certificate: ClusterCertificate | None = None,
+    ) -> None:
         """Nothing is connected yet.
 
         Args:
@@ -87,6 +100,7 @@ class Lease:
         """
         self._address = address
         self._token = token
+        self._certificate = certificate
         self._beat_s, self._silence_s = beat_s, silence_s
         self._connection: socket.socket | None = None
         self._loop = asyncio.get_running_loop()
@@ -97,9 +111,9 @@ class Lease:
 
         Raises:
             OSError: the controller's port does not answer.
+            CertificateError: a file of `cluster_tls` cannot be used.
         """
-        host, port = self._address.rsplit(":", 1)
-        self._connection = await asyncio.to_thread(socket.create_connection, (host, int(port)), CONNECT_S)
+        self._connection = await asyncio.to_thread(self._dial)
         # A cut network closes nothing; without this the kernel would try to deliver the beats for a quarter of an hour.
         self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(self._silence_s * 1000))
         self._connection.sendall(f"{self._token}\n".encode())
@@ -109,7 +123,13 @@ class Lease:
         """End the membership; idempotent."""
         if self._connection is not None:
             with contextlib.suppress(OSError):
-                self._connection.shutdown(socket.SHUT_RDWR)
+                # Not SSLSocket's own: that first makes the connection a plain one, and another thread is sending.
+                socket.socket.shutdown(self._connection, socket.SHUT_RDWR)
+
+    def _dial(self) -> socket.socket:
+        host, port = self._address.rsplit(":", 1)
+        connection = socket.create_connection((host, int(port)), CONNECT_S)
+        return connection if self._certificate is None else self._certificate.dialled(connection)
 
     def _beat(self, connection: socket.socket) -> None:
         connection.settimeout(self._beat_s)

@@ -17,6 +17,7 @@ from moeray.controller.actor import controller
 from moeray.controller.lease import Lease
 from moeray.controller.settings import ControllerSettings
 from moeray.membership import Charge, MembershipError, Role, View
+from moeray.mutual_tls import CertificateError, ClusterCertificate
 from moeray.placement import CoreShare, Wanted
 from moeray.placement.machine import pin_process, this_machine
 
@@ -33,6 +34,7 @@ class ClusterMember:
 
     def __init__(self, role: Role, settings: ControllerSettings) -> None:
         self._role = role
+        self._certificate = ClusterCertificate.of(settings.cluster_tls)
         self._controller = controller(settings)
         self._lease: Lease | None = None
         self._alone_since: float | None = None
@@ -189,8 +191,9 @@ class ClusterMember:
                 logger.warning("%s %s: %s; trying again", self._role, self.id, error)
                 await asyncio.sleep(RETRY_S)
         lease = Lease(
-            given["lease_address"], given["lease_token"], beat_s=given["beat_s"], silence_s=given["silence_s"]
-        )
+            given["lease_address"], given["lease_token"], beat_s=given["beat_s"], silence_s=given["silence_s"],
+            certificate=self._certificate,
+        )  # fmt: skip
         await lease.start()
         self._lease, self._alone_since = lease, None  # now: one that never started is never lost
         self.index = int(given["index"])
@@ -203,7 +206,7 @@ class ClusterMember:
             logger.warning("%s %s: the controller is gone, joining again", self._role, self.id)
             try:
                 await self._join()
-            except (ray.exceptions.RayError, OSError, MembershipError) as error:
+            except (ray.exceptions.RayError, OSError, MembershipError, CertificateError) as error:
                 logger.warning("%s %s: joining again failed: %s", self._role, self.id, error)
                 await asyncio.sleep(RETRY_S)
                 continue

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moeray.config import ClusterConfig, ConfigError
+from moeray.config import ClusterConfig, ClusterTlsConfig, ConfigError
 from moeray.membership import Delays
 from moeray.placement import Layout, PlacementError, contiguous
 
@@ -35,6 +35,7 @@ class ControllerSettings:
         redis_url: where the state is kept; empty is Ray's own store.
         beat_s: how often a member says that it is alive.
         hang_s: when the controller itself counts as hung.
+        cluster_tls: encrypts leases.
     """
 
     model: str
@@ -45,6 +46,7 @@ class ControllerSettings:
     redis_url: str = ""
     beat_s: float = 1.0
     hang_s: float = 10.0
+    cluster_tls: ClusterTlsConfig = field(default_factory=ClusterTlsConfig)
 
     @property
     def silence_s(self) -> float:
@@ -74,7 +76,7 @@ def controller_settings(config: ClusterConfig, shape: ModelShape | ServedModel) 
         layout=Layout(shape.num_layers, shape.num_experts, experts.num_redundant, experts.min_copies),
         delays=Delays(join_debounce_s=experts.join_debounce_s, regroup_s=experts.regroup_s),
         rebalance_s=experts.rebalance_s if num_groups else 0.0, redis_url=config.redis.url,
-        hang_s=config.health.hang_s,
+        hang_s=config.health.hang_s, cluster_tls=config.cluster_tls,
     )  # fmt: skip
 
 

@@ -46,6 +46,7 @@ def start_computation(
     Raises:
         CheckpointError: the checkpoint cannot be served.
         OSError: nothing can be bound there.
+        CertificateError: a file of `cluster_tls` cannot be used.
     """
     torch.set_num_threads(config.experts.num_threads)
     checkpoint = Checkpoint.open(locate(model))
@@ -60,7 +61,7 @@ def start_computation(
     test = SelfTest(experts, lambda: experts.held, identity, device, on_broken)
     server = GroupServer(
         merged or experts, identity, host=host, backend=config.transport.backend, device=str(device),
-        channel=config.transport.channel, may_poll=may_poll, on_failure=test.after_failure,
+        channel=config.transport.channel, may_poll=may_poll, tls=config.cluster_tls, on_failure=test.after_failure,
     )  # fmt: skip
     return Computation(identity, tuple(shape.moe_layers), experts, merged, server, server.start())
 

@@ -19,6 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from moeray.config import TlsConfig
 from moeray.ingress.errors import BadCertificate
+from moeray.mutual_tls import why_unusable
 
 logger = logging.getLogger(__name__)
 
@@ -131,15 +132,8 @@ def _context(config: TlsConfig) -> ssl.SSLContext:
             context.load_verify_locations(config.client_ca_file)
             context.verify_mode = ssl.CERT_REQUIRED
     except (OSError, ssl.SSLError) as error:
-        raise BadCertificate(key, path, _why(error)) from error
+        raise BadCertificate(key, path, why_unusable(error)) from error
     return context
-
-
-def _why(error: OSError) -> str:
-    if isinstance(error, ssl.SSLError):
-        mismatch = error.reason == "KEY_VALUES_MISMATCH"
-        return "key_file is not its key" if mismatch else f"not a PEM file of this kind ({error.reason or error})"
-    return error.strerror or str(error)
 
 
 def _read(key: str, path: str) -> bytes:

@@ -44,6 +44,7 @@ class Ingress:
                 stall_s=config.experts.wait_s,
                 limits=ingress,
                 tls=ingress.tls,
+                cluster_tls=config.cluster_tls,
                 tenants=_tenants_of(config, settings.model, f"ingress-{index}"),
                 front={
                     "model": str(directory),

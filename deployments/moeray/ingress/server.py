@@ -11,10 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeray.config import ExpertsConfig, IngressConfig, TlsConfig
+from moeray.config import ClusterTlsConfig, ExpertsConfig, IngressConfig, TlsConfig
 from moeray.ingress.arrivals import Arrivals
 from moeray.ingress.ports import bind
 from moeray.ingress.shard_link import SILENCE_S
+from moeray.mutual_tls import ClusterCertificate
 
 if TYPE_CHECKING:
     import grpc
@@ -44,6 +45,7 @@ class IngressSettings:
         stall_s: a request that waited for experts as long when its shard is lost, fails (`experts.wait_s`).
         limits: the bounds of what is admitted, of batches and of the drain are read from it, nothing else.
         tls: of both ports.
+        cluster_tls: of the links to the shards.
         tenants: opens those whose requests alone are served; None serves everybody.
     """
 
@@ -57,6 +59,7 @@ class IngressSettings:
     stall_s: float = ExpertsConfig.wait_s
     limits: IngressConfig = field(default_factory=IngressConfig)
     tls: TlsConfig = field(default_factory=TlsConfig)
+    cluster_tls: ClusterTlsConfig = field(default_factory=ClusterTlsConfig)
     tenants: Callable[[], Awaitable[Tenants]] | None = None
 
 
@@ -88,7 +91,7 @@ class IngressServer:
         Raises:
             PortInUse: names the port and its configuration key.
             BadCertificate: names the file and its configuration key.
-            ConfigError, RegistryUnavailable: the tenants cannot be read.
+            ConfigError, RegistryUnavailable: the tenants, or a file of `cluster_tls`, cannot be read.
         """
         settings = self.settings
         if settings.tls.is_on:
@@ -182,6 +185,7 @@ class IngressServer:
             self._pool = ShardPool(
                 hello, self.settings.limits, silence_s=self.settings.silence_s, stall_s=self.settings.stall_s,
                 on_begun=self._tenants.begun if self._tenants is not None else None,
+                certificate=ClusterCertificate.of(self.settings.cluster_tls),
             )  # fmt: skip
             pool: RequestPool = self._pool
             if self._tenants is not None:

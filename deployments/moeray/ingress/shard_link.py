@@ -13,6 +13,8 @@ import grpc
 import msgspec
 
 from moeray.attention_shard import link as wire
+from moeray.attention_shard.channels import dial
+from moeray.mutual_tls import CertificateError, ClusterCertificate
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +54,13 @@ class ShardLink:
         on_ready: Callable[[ShardLink], None],
         on_lost: Callable[[ShardLink, str, bool], None],
         silence_s: float = SILENCE_S,
+        certificate: ClusterCertificate | None = None,
     ) -> None:
         self.shard, self.address = shard, address
         self.state = LinkState.CONNECTING
         self.why = "not connected yet"
         self._hello, self._on_frame, self._on_ready, self._on_lost = hello, on_frame, on_ready, on_lost
-        self._silence_s = silence_s
+        self._silence_s, self._certificate = silence_s, certificate
         self._heard_at = 0.0  # inf while a frame is being taken: then it is not the shard that is slow
         self._unsent: asyncio.Queue[wire.ToShard] = asyncio.Queue(MAX_UNSENT_FRAMES)
         self._call: grpc.aio.StreamStreamCall[bytes, bytes] | None = None
@@ -81,12 +84,16 @@ class ShardLink:
             await self._task
 
     async def _keep(self) -> None:
-        async with grpc.aio.insecure_channel(self.address, options=wire.CHANNEL_OPTIONS) as channel:
-            wait_s = FIRST_RETRY_S
-            while True:
-                was_ready = await self._once(channel)
-                wait_s = FIRST_RETRY_S if was_ready else min(2 * wait_s, LAST_RETRY_S)
-                await asyncio.sleep(wait_s)
+        wait_s = FIRST_RETRY_S
+        while True:
+            was_ready = False
+            try:
+                async with dial(self.address, self._certificate) as channel:
+                    was_ready = await self._once(channel)
+            except CertificateError as error:  # a rotation writes one file after the other
+                self._ended(str(error))
+            wait_s = FIRST_RETRY_S if was_ready else min(2 * wait_s, LAST_RETRY_S)
+            await asyncio.sleep(wait_s)
 
     async def _once(self, channel: grpc.aio.Channel) -> bool:
         """One stream from hello to its end; True if it was ready in between."""

@@ -26,6 +26,7 @@ from moeray.ingress.routing import Candidate, choose
 from moeray.ingress.shard_link import SILENCE_S, LinkState, ShardLink
 from moeray.ingress.suspects import Suspects
 from moeray.ingress.waiting import Waiting
+from moeray.mutual_tls import ClusterCertificate
 from moeray.vllm_hooks.admission import Need, Place, place_being_filled
 from moeray.vllm_hooks.engine_core import NoShardReady, RequestFailed
 
@@ -66,6 +67,7 @@ class ShardPool:
         silence_s: float = SILENCE_S,
         stall_s: float = ExpertsConfig.wait_s,
         on_begun: Callable[[list[int]], None] | None = None,
+        certificate: ClusterCertificate | None = None,
     ) -> None:
         limits = limits or IngressConfig()
         self.admission = Admission(limits)
@@ -77,6 +79,7 @@ class ShardPool:
         self._waiting = Waiting(min(WAIT_S, limits.max_wait_s) if wait_s is None else wait_s, self._give_up)
         self._silence_s, self._stall_s = silence_s, stall_s
         self._on_begun = on_begun
+        self._certificate = certificate
         self._last_ready = -inf  # when a shard came or went; of use only while none is ready
         self._held = ""
         self._links: dict[str, ShardLink] = {}
@@ -138,7 +141,7 @@ class ShardPool:
             self._leaving.discard(name)
             if name not in self._links:
                 self._links[name] = ShardLink(
-                    name, address, self._hello, self._take, self._ready, self._lost, self._silence_s
+                    name, address, self._hello, self._take, self._ready, self._lost, self._silence_s, self._certificate
                 )
 
     async def close(self) -> None:

@@ -261,11 +261,17 @@ class Hop:
         return y_TD
 
     def report(self) -> dict[str, Any]:
-        """Costs and generation as plain values; `stages`: the transport's own, finer account, where it keeps one."""
+        """Costs and generation as plain values; what only some transports have is empty without it.
+
+        `stages`: the transport's own, finer account; `links`: how each group that is there is reached.
+        """
         timings = getattr(self._transport, "timings", None)
         stages = timings().per_layer_us() if timings is not None else {}
         left_out = {str(group): why for group, why in self.left_out.items()}
-        return {"generation": self.generation, **asdict(self.costs), "stages": stages, "left_out": left_out}
+        links = list(getattr(self._transport, "links", ()))
+        return {
+            "generation": self.generation, **asdict(self.costs), "stages": stages, "links": links, "left_out": left_out,
+        }  # fmt: skip
 
     def _again(self, call: LayerCall, failure: TransportError) -> Tensor:
         """Compute a failed call once more, as often as it takes."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moeray.config import ChannelUsers, MicroBatches, RowFormatName
+from moeray.config import ChannelUsers, ClusterTlsConfig, MicroBatches, RowFormatName
 
 ADDITIONAL_CONFIG_KEY = "moeray"
 SPIN_S = 200e-6
@@ -31,6 +31,7 @@ class ShardSettings:
         host: address this shard's end of the transport binds and connects from.
         spin_s: see `TransportSpec`.
         micro_batches: which steps are computed in two halves, see `AttentionConfig`.
+        tls: see `TransportSpec`.
     """
 
     backend: str
@@ -45,6 +46,7 @@ class ShardSettings:
     host: str = "127.0.0.1"
     spin_s: float = 0.0
     micro_batches: MicroBatches = "never"
+    tls: ClusterTlsConfig = field(default_factory=ClusterTlsConfig)
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
@@ -56,7 +58,8 @@ class ShardSettings:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ShardSettings:
         """Read what `to_json` wrote; keys with a default may be missing."""
-        return cls(**{**data, "checkpoint": Path(data["checkpoint"])})
+        tls = ClusterTlsConfig(**data.get("tls", {}))
+        return cls(**{**data, "checkpoint": Path(data["checkpoint"]), "tls": tls})
 
 
 def shard_settings(vllm_config: Any) -> ShardSettings | None:

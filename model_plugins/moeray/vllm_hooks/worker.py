@@ -162,6 +162,7 @@ def _connector(settings: ShardSettings, vllm_config: Any) -> Connect:
         channel=settings.channel,
         dispatch_format=settings.dispatch_format,
         spin_s=settings.spin_s,
+        tls=settings.tls,
         device=str(vllm_config.device_config.device),
     )
 

@@ -7,10 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
+from certificates import cluster_certificate
 from chaos import sockets
 
 from moeray.controller.lease import Lease, LeaseServer
+from moeray.mutual_tls import ClusterCertificate
 
 HOLDER = """
 import asyncio, sys, time
@@ -147,4 +150,25 @@ async def test_who_does_not_know_the_token_cannot_end_a_membership() -> None:
     writer.close()
     await asyncio.sleep(0.2)
     assert not losses.seen
+    await server.close()
+
+
+async def test_with_a_certificate_only_members_of_the_cluster_hold_a_lease(tmp_path: Path) -> None:
+    certificate = ClusterCertificate(cluster_certificate(tmp_path))
+    losses = Losses()
+    server = LeaseServer(losses, silence_s=20, certificate=certificate)
+    address = await server.start("127.0.0.1")
+    server.expect("secret", "m")
+    heard_of = Lease(address, "secret", beat_s=0.05, silence_s=20)
+    await heard_of.start()
+    await asyncio.wait_for(heard_of.lost.wait(), 20)
+    assert losses.seen == [], "the token was not even read"
+
+    lease = Lease(address, "secret", beat_s=0.05, silence_s=20, certificate=certificate)
+    await lease.start()
+    await asyncio.sleep(0.5)
+    assert losses.seen == [] and not lease.lost.is_set()
+    lease.close()
+    await asyncio.wait_for(losses.event.wait(), 20)
+    assert losses.seen[0][0] == "m"
     await server.close()
