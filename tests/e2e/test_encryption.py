@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,9 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> ClusterTlsConfig:
 @pytest.fixture(scope="module")
 def encrypted(certificate: ClusterTlsConfig) -> Iterator[Cluster]:
     """Rows go over the network, as between nodes."""
-    files = {key: getattr(certificate, key) for key in ("cert_file", "key_file", "ca_file")}
     config = {
-        "attention": {"num_shards": 1}, "experts": COPIES, "transport": {"channel": "off"}, "cluster_tls": files,
+        "attention": {"num_shards": 1}, "experts": COPIES, "transport": {"channel": "off"},
+        "cluster_tls": asdict(certificate),
     }  # fmt: skip
     with cluster(config) as running:
         yield running
@@ -45,7 +46,11 @@ def certificate_is_asked_for(address: tuple[str, int]) -> bool:
             return "CERTIFICATE_REQUIRED" in str(error)
 
 
-def test_streams_go_on_over_renewed_certificates(encrypted: Cluster, certificate: ClusterTlsConfig, tmp_path: Path) -> None:
+@pytest.mark.full
+@pytest.mark.timeout(600)
+def test_streams_go_on_over_renewed_certificates(
+    encrypted: Cluster, certificate: ClusterTlsConfig, tmp_path: Path
+) -> None:
     undisturbed = text_of(encrypted)
     (shard,) = encrypted.processes("attention_shard")
     assert set(shard["hop"]["links"]) == {"tls"}

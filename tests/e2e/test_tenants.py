@@ -6,11 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import yaml
-from certificates import Authority
+from certificates import Authority, cluster_certificate
 from clusters import Cluster, cluster, wait_for
 
 QUESTION = "What is an expert group?"
@@ -29,6 +30,7 @@ def test_a_tenant_from_its_key_to_its_usage(tmp_path: Path) -> None:
         "experts": {"num_groups": 0},
         "ingress": {"tls": {"cert_file": str(signed.cert), "key_file": str(signed.key)}},
         "tenants": {"auth": "required", "file": str(tmp_path / "tenants.yaml"), "usage_dir": str(tmp_path / "usage")},
+        "cluster_tls": asdict(cluster_certificate(tmp_path / "cluster")),
     }
     file = tmp_path / "cluster.yaml"
     file.write_text(yaml.safe_dump(config))
