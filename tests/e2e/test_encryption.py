@@ -1,4 +1,4 @@
-"""`cluster_tls`: a cluster whose processes talk over TLS answers, heals and takes renewed files; strangers hear nothing."""
+"""`cluster_tls`: a cluster that talks over TLS answers, heals and takes renewed files; strangers are not served."""
 
 from __future__ import annotations
 
