@@ -79,6 +79,11 @@ class Criteria:
         """The kinds that no other fault may overlap."""
         return frozenset().union(*(bound.kinds for bound in self.stalls))
 
+    @property
+    def must_move(self) -> frozenset[str]:
+        """The kinds that count only where a watched stream had to go on elsewhere."""
+        return frozenset().union(*(bound.kinds for bound in self.stalls if bound.moves))
+
     def missed(self, findings: Findings) -> list[str]:
         """One line per criterion that is not met, its name first; none if the run was good."""
         told = [

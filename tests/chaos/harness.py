@@ -13,8 +13,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from redis_server import RedisServer, missing
 
 from chaos.asks import catalogue
 from chaos.faults import FAULTS, SCALE_S, CannotInject, Context, Harm, LacksMeans, Planned, Schedule
-from chaos.load import REQUEST_PREFIX, Load, reference, reprefill_s, what_is_wrong
+from chaos.load import REQUEST_PREFIX, WATCHED_PREFIX, Load, reference, reprefill_s, what_is_wrong
 from chaos.report import STALL_S, Event, Findings, attribute, first_chunk_s, long_gaps
 from chaos.watching import PERIOD_S, Counts, OwnPauses, Watcher, is_whole, signs
 from moeray.cli.connection import ray_connection
@@ -38,7 +38,9 @@ UNNOTICED_S = 2 * HANG_S
 """What no account shows after so long has done no lasting harm."""
 SHM = "256m"
 LOGS = Path("/tmp/ray/session_latest/logs")
-MOVED = re.compile(rf"({REQUEST_PREFIX}\d+)\S* goes on on ")
+MOVED = re.compile(rf"({REQUEST_PREFIX}(?:watched-)?\d+)\S* goes on on ")
+MAX_AGAIN = 6
+"""A run does not last for ever because no stream is where it strikes."""
 Say = Callable[[str], None]
 
 
@@ -51,6 +53,7 @@ class Plan:
         every_kind: and until each fault of the schedule was injected, as often as it is repeated.
         overlap: a fault begins as soon as the pools that it harms are whole, while others may be under repair.
         alone: faults that no other overlaps all the same.
+        must_move: faults that are injected again where no watched stream had to go on elsewhere.
         logs: where the logs of the cluster's processes are kept.
         every: of the catalogue's asks, each so-many-th is used.
     """
@@ -64,6 +67,7 @@ class Plan:
     every_kind: bool = False
     overlap: bool = False
     alone: frozenset[str] = frozenset()
+    must_move: frozenset[str] = frozenset()
     logs: Path | None = None
 
 
@@ -131,15 +135,18 @@ def moved_requests(logs: Path) -> Counter[str]:
 def inject_all(plan: Plan, context: Context, say: Say) -> list[Event]:
     """One fault after the other until the time is used up, or one that the cluster does not get over."""
     faults: list[Injected] = []
-    rounds, ends = Rounds(plan.schedule), time.monotonic() + plan.seconds
-    while time.monotonic() < ends or (plan.every_kind and rounds.completed < plan.schedule.num_rounds):
+    rounds, ends, again = Rounds(plan.schedule), time.monotonic() + plan.seconds, Again(plan.must_move)
+    while time.monotonic() < ends or (
+        plan.every_kind and (rounds.completed < plan.schedule.num_rounds or again.is_owed(faults))
+    ):
         under_repair = [each for each in faults if not each.is_over.is_set()]
         planned = None
         if not any(each.event.name in plan.alone and not each.is_far for each in faults[-1:]) and (
             plan.overlap or not under_repair
         ):
             busy = frozenset[str]().union(*(each.pools for each in under_repair))
-            planned = rounds.take(busy, plan.alone if under_repair else ())
+            owed = None if under_repair else again.take(faults)
+            planned = owed or rounds.take(busy, plan.alone if under_repair else ())
         if planned is not None:
             time.sleep(planned.pause_s)
             faults.append(inject(planned, context, say))
@@ -174,6 +181,29 @@ class Rounds:
         return None
 
 
+class Again:
+    """Faults of some kinds that struck where no watched stream was: one more of each, MAX_AGAIN in all."""
+
+    def __init__(self, kinds: Collection[str]) -> None:
+        self._kinds = kinds
+        self._left = MAX_AGAIN
+
+    def is_owed(self, faults: Sequence[Injected]) -> bool:
+        """Whether the last fault is such a one, or may still turn out to be."""
+        if not faults or not self._left:
+            return False
+        event, over = faults[-1].event, faults[-1].is_over.is_set()
+        moved = any(each.startswith(WATCHED_PREFIX) for each in event.moved_ids)
+        return event.name in self._kinds and not event.skipped and not (over and moved)
+
+    def take(self, faults: Sequence[Injected]) -> Planned | None:
+        """Of the last fault's kind, if that is over and has missed; whom it strikes is drawn anew."""
+        if not self.is_owed(faults) or not faults[-1].is_over.is_set():
+            return None
+        self._left -= 1
+        return replace(faults[-1].planned, seed=faults[-1].planned.seed + 1)
+
+
 class Injected:
     """One fault from its injection until the pools that it harmed are whole again, watched by the watcher's thread.
 
@@ -184,6 +214,7 @@ class Injected:
     """
 
     def __init__(self, planned: Planned, context: Context, say: Say) -> None:
+        self.planned = planned
         self.event = Event(planned.name, planned.seed)
         self.pools = FAULTS[planned.name].pools
         self.harm: Harm | None = None

@@ -18,7 +18,8 @@ LOGPROB_TOLERANCE = 0.05
 """A continued stream computes its keys and values anew, in one pass instead of token by token: bits of bf16 differ."""
 RETRY_EVERY_S = 0.25
 RETRY_FOR_S = 60.0
-REQUEST_PREFIX = "chaos-"
+REQUEST_PREFIX, WATCHED_PREFIX = "chaos-", "chaos-watched-"
+"""How the ids of requests begin, and of those that are watched."""
 REPREFILLS = 3
 
 
@@ -63,7 +64,7 @@ class Load:
             for ask in rng.sample(asks, len(asks)):
                 if self._ended.is_set():
                     return
-                request_id = f"{REQUEST_PREFIX}{next(self._numbers)}"
+                request_id = f"{WATCHED_PREFIX if name else REQUEST_PREFIX}{next(self._numbers)}"
                 if name:
                     self._flowing_since[name] = time.monotonic()
                 self.outcomes.append(outcome := ask_until_answered(ask, self._endpoints, request_id))

@@ -44,7 +44,8 @@ def main() -> int:
     whole = replace(WHOLE, ingresses=options.ingresses)
     plan = Plan(
         options.seconds, options.seed, schedule, options.clients,
-        whole=whole, every_kind=options.every_kind, overlap=options.overlap, alone=criteria.alone, logs=options.logs,
+        whole=whole, every_kind=options.every_kind, overlap=options.overlap, alone=criteria.alone,
+        must_move=criteria.must_move, logs=options.logs,
     )  # fmt: skip
     findings = run(plan, say)
     facts = {

@@ -128,6 +128,7 @@ def test_where_faults_overlap_those_whose_stalls_are_judged_are_alone() -> None:
     run = stalled(judged, 30.0, 30.0, 30.0)
     assert len(SEQUENTIAL.missed(run)) == len(OVERLAPPING.missed(run)) == 3
     assert OVERLAPPING.alone == SEQUENTIAL.alone == set(judged)
+    assert OVERLAPPING.must_move == SEQUENTIAL.must_move == set(SHARD_KILLS)
     assert SEQUENTIAL.repeats == dict.fromkeys(judged, 3)
     assert OVERLAPPING.repeats == {"kill group": 3} | dict.fromkeys(SHARD_KILLS, 1)
 
@@ -163,6 +164,7 @@ def test_a_run_ends_with_an_error_and_a_line_for_what_it_missed(
     def done(plan: Plan, _: object) -> Findings:
         criteria = of_run(FAULTS, "--every-kind" in options, "--overlap" in options)
         assert (plan.schedule.repeats, plan.alone) == (criteria.repeats, criteria.alone)
+        assert plan.must_move == criteria.must_move
         return stalled(("kill group",), 0.1, 0.1, 30.0)
 
     monkeypatch.setattr("chaos.harness.run", done)

@@ -70,8 +70,8 @@ def test_a_stream_that_moved_is_the_faults_that_it_met_and_its_stall_is_kept_apa
 def test_what_an_ingress_says_of_a_stream_that_moved_is_found_in_its_log(tmp_path: Path) -> None:
     lines = "other\nchatcmpl-chaos-12-ab12 goes on on s1 after 3 tokens\nchatcmpl-x goes on on s1 after 3 tokens\n"
     (tmp_path / "worker-1.err").write_text(lines)
-    (tmp_path / "worker-2.err").write_text("chatcmpl-chaos-7 goes on on s0 after 0 tokens\n")
-    assert moved_requests(tmp_path) == {"chaos-12": 1, "chaos-7": 1}
+    (tmp_path / "worker-2.err").write_text("chatcmpl-chaos-watched-7 goes on on s0 after 0 tokens\n")
+    assert moved_requests(tmp_path) == {"chaos-12": 1, "chaos-watched-7": 1}
 
 
 def test_long_gaps_are_kept_with_their_time() -> None:

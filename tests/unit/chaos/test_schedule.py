@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
-from chaos.faults import FAULTS, Schedule
-from chaos.harness import Rounds
+from chaos.faults import FAULTS, Planned, Schedule
+from chaos.harness import MAX_AGAIN, Again, Rounds
+from chaos.report import Event
 from chaos.watching import Counts, is_whole
 from hypothesis import given
 from hypothesis import strategies as st
@@ -52,6 +55,25 @@ def test_what_must_be_alone_waits_for_the_others_and_is_not_forgotten() -> None:
     last = rounds.take(frozenset())
     assert first is not None and last is not None and nothing is None
     assert (first.name, last.name, rounds.completed) == ("cut link", "kill group", 1)
+
+
+def test_what_struck_where_no_watched_stream_was_comes_again_a_few_times() -> None:
+    def struck(*moved: str, name: str = "kill engine", over: bool = True) -> Any:
+        event = Event(name, 1, moved_ids=list(moved))
+        fault = SimpleNamespace(event=event, planned=Planned(name, 1, 0.0), is_over=threading.Event())
+        if over:
+            fault.is_over.set()
+        return fault
+
+    again = Again({"kill engine"})
+    assert not again.is_owed([]) and not again.is_owed([struck("chaos-watched-3")])
+    assert not again.is_owed([struck(name="cut link")])
+    under_way = [struck(over=False)]
+    assert again.is_owed(under_way) and again.take(under_way) is None
+    for _ in range(MAX_AGAIN):
+        planned = again.take([struck("chaos-4")])
+        assert planned is not None and (planned.name, planned.seed) == ("kill engine", 2)
+    assert not again.is_owed([struck()]) and again.take([struck()]) is None
 
 
 @given(st.integers(0, 2**32), st.lists(st.sampled_from(["", "groups", "shards", "ingresses"])))
