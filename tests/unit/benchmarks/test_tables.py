@@ -30,7 +30,7 @@ def step_record(topology: str, ratio: float) -> records.Record:
     }  # fmt: skip
 
 
-HOP = [hop_record(name, 1.5) for name in ("local", "socket", "channel", "gloo_p2p", "gloo")]
+HOP = [hop_record(name, 1.5) for name in ("local", "socket", "channel", "gloo_p2p", "gloo", "tls")]
 
 
 def test_only_what_stands_between_the_marks_is_replaced(tmp_path: Path) -> None:
