@@ -49,6 +49,7 @@ class Context:
         shm: the cluster's own /dev/shm as this process reaches it; None where it has none of its own.
         redis: what keeps the controller's state; None where there is no server.
         have_all_begun_since: whether each watched stream began after a time.
+        logs: of the cluster's processes.
         harmed: processes chosen in this injection: several faults at once have different victims.
     """
 
@@ -60,6 +61,7 @@ class Context:
     shm: Path | None = None
     redis: RedisServer | None = None
     have_all_begun_since: Callable[[float], bool] = lambda _: True
+    logs: Path = Path()
     harmed: set[str] = field(default_factory=set)
 
     def one(self, role: str) -> dict[str, Any]:

@@ -38,6 +38,7 @@ UNNOTICED_S = 2 * HANG_S
 """What no account shows after so long has done no lasting harm."""
 SHM = "256m"
 LOGS = Path("/tmp/ray/session_latest/logs")
+"""Of the Ray that was started last: another one on this machine moves the link."""
 MOVED = re.compile(rf"({REQUEST_PREFIX}(?:watched-)?\d+)\S* goes on on ")
 MAX_AGAIN = 6
 """A run does not last for ever because no stream is where it strikes."""
@@ -99,7 +100,7 @@ def run(plan: Plan, say: Say = print) -> Findings:
         load = Load(asks, running.endpoints, plan.num_clients, plan.seed)
         context = Context(
             running, watcher, random.Random(plan.seed), checkpoint_path(), plan.whole, shm_of(running), redis,
-            load.have_all_begun_since,
+            load.have_all_begun_since, logs=LOGS.resolve(),
         )  # fmt: skip
         pauses = OwnPauses()
         pauses.start()
@@ -112,7 +113,7 @@ def run(plan: Plan, say: Say = print) -> Findings:
             load.stop()
             pauses.stop()
             if plan.logs is not None:
-                shutil.copytree(LOGS.resolve(), plan.logs, dirs_exist_ok=True)
+                shutil.copytree(context.logs, plan.logs, dirs_exist_ok=True)
         usual_s = first_chunk_s(right.values())
         failures, quiet_stall_s = attribute(
             events, load.outcomes, lambda outcome: what_is_wrong(outcome, right),
@@ -223,7 +224,7 @@ class Injected:
         self._before = signs(context.watcher.state)
         self.event.began = time.monotonic()
         self.overdue_at = self.event.began + SCALE_S + RECOVERY_S
-        self._moved_before = moved_requests(LOGS.resolve())
+        self._moved_before = moved_requests(context.logs)
         self._noticed: float | None = None
         self._forget = context.watcher.listen(self._look)
 
@@ -267,7 +268,7 @@ class Injected:
         if self._noticed is not None:
             event.noticed_s = max(0.0, self._noticed - event.began)
         event.ended = now
-        event.moved_ids = sorted(moved_requests(LOGS.resolve()) - self._moved_before)
+        event.moved_ids = sorted(moved_requests(self._context.logs) - self._moved_before)
         self._say(_told(event))
         self.is_over.set()
 

@@ -164,6 +164,11 @@ class ShardPool:
         for known_of in (self._served, self._waiting_since, self._others):
             known_of.pop(shard, None)
 
+    async def _retire(self, shard: str) -> None:
+        """Let go of one that was leaving and has nothing left, unless it was named again meanwhile."""
+        if shard in self._leaving:
+            await self._remove(shard)
+
     def check_ready(self) -> None:
         if self._held or not (self.ready_shards or self._was_ready_lately()):
             raise NoShardReady(self._held or self._why_none())
@@ -348,7 +353,7 @@ class ShardPool:
         known.leave(loss, why)
         self._load[shard] -= 1
         if shard in self._leaving and not self._load[shard]:
-            task = asyncio.create_task(self._remove(shard))
+            task = asyncio.create_task(self._retire(shard))
             self._retiring.add(task)
             task.add_done_callback(self._retiring.discard)
 

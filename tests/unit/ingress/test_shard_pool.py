@@ -132,6 +132,38 @@ def test_shards_join_and_leave_while_requests_run() -> None:
     asyncio.run(scenario())
 
 
+def test_an_idle_shard_that_leaves_or_moves_is_let_go_at_once() -> None:
+    async def scenario() -> None:
+        a, b, elsewhere = Shard("a"), Shard("b"), Shard("b")
+        async with cluster(a, b) as pool:
+            await all_ready(pool, 2)
+            await elsewhere.start()
+            await pool.set_shards({"b": elsewhere.address})
+            assert {name: each["address"] for name, each in pool.describe().items()} == {"b": elsewhere.address}
+            await all_ready(pool, 1)
+            await pool.add(request("r"))
+            await until(lambda: "r" in elsewhere.engine.running)
+            await elsewhere.stop()
+
+    asyncio.run(scenario())
+
+
+def test_a_shard_that_is_named_again_as_its_last_request_ends_stays() -> None:
+    async def scenario() -> None:
+        a, b = Shard("a"), Shard("b")
+        async with cluster(a) as pool:
+            await b.start()
+            await begin(pool, a)
+            await pool.set_shards({"b": b.address})
+            await pool.abort(["r"])
+            await pool.set_shards({"a": a.address, "b": b.address})
+            await asyncio.sleep(0)
+            await all_ready(pool, 2)
+            await b.stop()
+
+    asyncio.run(scenario())
+
+
 def test_a_draining_shard_gets_nothing_new() -> None:
     async def scenario() -> None:
         a, b = Shard("a"), Shard("b")
