@@ -127,7 +127,8 @@ class TlsConfig:
 
     Attributes:
         cert_file, key_file: PEM, the certificate first and its chain after it; empty leaves the ports unencrypted.
-        client_ca_file: PEM of those who sign clients' certificates; with it, a client without one is refused (mTLS).
+        client_ca_file: PEM of those who sign clients' certificates; with it, a client without one is refused (mTLS),
+            and TLS 1.3 is spoken alone.
     """
 
     cert_file: str = ""

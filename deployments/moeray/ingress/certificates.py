@@ -131,6 +131,8 @@ def _context(config: TlsConfig) -> ssl.SSLContext:
             key, path = "ingress.tls.client_ca_file", config.client_ca_file
             context.load_verify_locations(config.client_ca_file)
             context.verify_mode = ssl.CERT_REQUIRED
+            # A session that is taken up again shows no certificate, whoever may have been struck off meanwhile.
+            context.num_tickets, context.minimum_version = 0, ssl.TLSVersion.TLSv1_3
     except (OSError, ssl.SSLError) as error:
         raise BadCertificate(key, path, why_unusable(error)) from error
     return context

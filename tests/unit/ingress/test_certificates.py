@@ -158,6 +158,35 @@ async def test_an_authority_that_is_replaced_is_believed_no_more(authority: Auth
                 await ask(port, authority.file, leaving.sign("team"))
 
 
+async def test_no_session_outlives_the_authority_of_its_client(authority: Authority, tmp_path: Path) -> None:
+    leaving, coming = Authority(tmp_path / "a", "leaving"), Authority(tmp_path / "b", "coming")
+    bundle = tmp_path / "clients.pem"
+    shutil.copy(leaving.file, bundle)
+    client = leaving.sign("team")
+    context = ssl.create_default_context(cafile=authority.file)
+    context.load_cert_chain(client.cert, client.key)
+
+    def ask(port: int, session: ssl.SSLSession | None = None) -> tuple[bytes, ssl.SSLSession | None]:
+        with (
+            socket.create_connection(("127.0.0.1", port), 30) as plain,
+            context.wrap_socket(plain, server_hostname="localhost", session=session) as connection,
+        ):
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            if not (answer := connection.recv(1 << 16)):
+                raise ssl.SSLError("hung up")
+            return answer, connection.session
+
+    async with serving(config_of(authority.sign("localhost"), bundle)) as ports:
+        answer, session = await asyncio.to_thread(ask, ports.http)
+        assert answer.startswith(b"HTTP/1.1 200")
+        shutil.copy(coming.file, bundle)
+        with pytest.raises(REFUSED):
+            await asyncio.to_thread(ask, ports.http, session)
+        context.maximum_version = ssl.TLSVersion.TLSv1_2  # it has sessions without tickets, too
+        with pytest.raises(REFUSED):
+            await asyncio.to_thread(ask, ports.http)
+
+
 async def both(ports: Ports, ca: Path, client: Signed | None = None) -> None:
     await asyncio.gather(over_https(ports.http, ca, client), over_grpc(ports.grpc, ca, client))
 

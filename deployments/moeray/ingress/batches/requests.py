@@ -68,6 +68,8 @@ def _fault(line: bytes, endpoint: str, seen: set[str]) -> LineError | None:
         request = msgspec.json.decode(line, type=BatchLine)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         return LineError(code="invalid_json_line", message=str(error))
+    except RecursionError:
+        return LineError(code="invalid_json_line", message="it nests too deep")
     if request.method != "POST":
         return LineError(code="invalid_method", message=f"method is {request.method!r}, must be POST", param="method")
     if request.url != endpoint:

@@ -1,8 +1,9 @@
 """Runs batches: each by one ingress at a time, and from where it stood if that one ended.
 
 Each line becomes a request to this ingress' own application, as if a client had sent it, with a priority below all
-clients'. One that is refused because there is too much work, or no shard, is sent again later: that is what a batch is
-for. Every other answer is the line's answer.
+clients'. One that is refused for a time, because there is too much work or no shard, is sent again later: that is what
+a batch is for. Every other answer is the line's answer. Owners do not wait for each other; the batches of one come one
+after the other.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from typing import Any, BinaryIO
 import msgspec
 
 from moeray.config import BatchConfig
-from moeray.ingress.batches.objects import Batch, Counts, Status
+from moeray.ingress.batches.objects import Batch, Counts, LineError, Status
 from moeray.ingress.batches.requests import BatchLine, NotABatch, check, lines_of
-from moeray.ingress.batches.store import BatchStore
+from moeray.ingress.batches.store import BatchStore, NotStored
 
 logger = logging.getLogger(__name__)
 
@@ -59,26 +60,59 @@ class BatchRunner:
         self._wake.set()
 
     async def run(self) -> None:
-        """Look for batches that nobody runs, one after the other, the oldest first."""
-        while True:
+        """Look for batches that nobody runs, the oldest of each owner first."""
+        running: dict[str, asyncio.Task[None]] = {}
+        try:
+            while True:
+                try:
+                    for owner, ids in (await asyncio.to_thread(self._waiting)).items():
+                        if owner not in running or running[owner].done():
+                            running[owner] = asyncio.create_task(self._run_in_turn(ids), name=f"batches of {owner}")
+                    await asyncio.to_thread(self._store.remove_expired, time.time() - self._limits.keep_s)
+                except OSError:
+                    logger.exception("batches: %s", self._limits.directory)
+                self._wake.clear()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), SCAN_S)
+        finally:
+            for task in running.values():
+                task.cancel()
+            await asyncio.gather(*running.values(), return_exceptions=True)
+
+    def _waiting(self) -> dict[str, list[str]]:
+        """Ids of the batches that have not ended, by owner, the oldest first."""
+        found: dict[str, list[str]] = {}
+        for batch in reversed(self._store.batches()):
+            if not batch.has_ended:
+                found.setdefault(batch.owner, []).append(batch.id)
+        return found
+
+    async def _run_in_turn(self, ids: list[str]) -> None:
+        for id in ids:
             try:
-                for batch in reversed(await asyncio.to_thread(self._store.batches)):
-                    if not batch.has_ended:
-                        await self._run_if_free(batch.id)
-                await asyncio.to_thread(self._store.remove_expired, time.time() - self._limits.keep_s)
-            except OSError:
-                logger.exception("batches: %s", self._limits.directory)
-            self._wake.clear()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), SCAN_S)
+                await self._run_if_free(id)
+            except (OSError, NotStored):
+                logger.exception("batch %s: it is tried again if it is still there", id)
 
     async def _run_if_free(self, id: str) -> None:
         with self._store.claimed(id) as is_mine:
             if not is_mine:
                 return
             batch = self._store.batch(id)  # it may have ended since it was listed
-            if not batch.has_ended:
-                await _Run(self._store, self._ask, self._limits, batch).to_its_end()
+            if batch.has_ended:
+                return
+            run = _Run(self._store, self._ask, self._limits, batch)
+            try:
+                await run.to_its_end()
+            except FileNotFoundError:
+                run.fail(LineError(code="file_not_found", message="its input file was deleted"))
+            except OSError:
+                raise  # a full disk has room again, one day
+            except Exception:
+                logger.exception("batch %s: it is given up", id)
+                run.fail(
+                    LineError(code="internal_error", message="this batch could not be run; the log has the reason")
+                )
 
 
 class _Run:
@@ -96,6 +130,10 @@ class _Run:
         if batch.status != "cancelling":
             await self._work_until_told(done)
         await asyncio.to_thread(self._finish)
+
+    def fail(self, error: LineError) -> None:
+        """It can never be run. What was answered until then is kept in the folder, and not handed out."""
+        self._put(self._batch.to("failed", time.time(), errors=(error,)))
 
     async def _work_until_told(self, done: set[str]) -> None:
         """Until every line that is not done has its answer, the batch is cancelled, or its time is over."""
@@ -144,8 +182,8 @@ class _Run:
         body = {**line.body, "priority": PRIORITY}
         while True:
             answer = await self._ask(line.url, body, self._batch.owner)
-            if answer.status not in BUSY:
-                return answer
+            if answer.status not in BUSY or (answer.status == 429 and not answer.retry_after_s):
+                return answer  # a quota that no waiting fills again, such as a month's, says no time
             await asyncio.sleep(max(wait_s, answer.retry_after_s))
             wait_s = min(2 * wait_s, LAST_RETRY_S)
 

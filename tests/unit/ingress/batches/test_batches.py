@@ -59,6 +59,8 @@ class Application:
         words = body["messages"][0]["content"]
         if words == "busy" and sum(each == body for each in self.asked) == 1:
             return JSONResponse({"error": {"message": "later"}}, 429, {"Retry-After": "1"})
+        if words == "spent":
+            return JSONResponse({"error": {"message": "next month"}}, 429)
         if words == "bad":
             return JSONResponse({"error": {"message": "bad", "param": "messages"}}, 400)
         if words == "wait":
@@ -132,6 +134,56 @@ async def test_every_request_gets_its_answer_at_the_lowest_priority(application:
     assert application.owners == {"team-a"}
 
 
+async def test_what_no_waiting_mends_is_the_lines_answer(application: Application) -> None:
+    client = application.client()
+    batch = await until(client, (await started(client, requests("a", "spent"))).id, "completed")
+    errors = await lines(client, batch.error_file_id)
+    assert errors["r1"]["response"]["status_code"] == 429
+
+
+async def test_a_tenant_that_must_wait_keeps_no_other_waiting(application: Application) -> None:
+    waiting, other = application.client("team-a"), application.client("team-b")
+    first = await started(waiting, requests("wait"))
+    await until(waiting, first.id, "in_progress")
+    await until(other, (await started(other, requests("b"))).id, "completed")
+    application.is_open.set()
+    await until(waiting, first.id, "completed")
+
+
+async def test_a_file_that_was_deleted_before_its_turn_ends_its_own_batch_alone(
+    application: Application, store: BatchStore
+) -> None:
+    client = application.client()
+    first = await started(client, requests("wait"))
+    await until(client, first.id, "in_progress")
+    second, third = await started(client, requests("b")), await started(client, requests("c"))
+    await client.files.delete(second.input_file_id)
+    application.is_open.set()
+    failed = await until(client, second.id, "failed")
+    assert failed.errors is not None and failed.errors.data is not None
+    assert failed.errors.data[0].code == "file_not_found" and str(store.content("")) not in str(failed.errors)
+    await until(client, third.id, "completed")
+
+
+async def test_a_batch_that_cannot_be_run_for_an_unknown_reason_keeps_no_other_from_running(
+    application: Application, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = application.client()
+    original = runner_module.check
+
+    def fails_at(path: Path, *arguments: Any) -> int:
+        if b"poison" in path.read_bytes():
+            raise ZeroDivisionError("a bug")
+        return original(path, *arguments)
+
+    monkeypatch.setattr(runner_module, "check", fails_at)
+    poison, good = await started(client, requests("poison")), await started(client, requests("a"))
+    failed = await until(client, poison.id, "failed")
+    assert failed.errors is not None and failed.errors.data is not None
+    assert failed.errors.data[0].code == "internal_error" and "a bug" in caplog.text
+    await until(client, good.id, "completed")
+
+
 async def test_a_refused_line_is_an_error_of_its_own_and_a_busy_one_is_sent_again(application: Application) -> None:
     client = application.client()
     batch = await until(client, (await started(client, requests("a", "bad", "busy"))).id, "completed")
@@ -148,6 +200,7 @@ async def test_a_refused_line_is_an_error_of_its_own_and_a_busy_one_is_sent_agai
     [
         (b"", "empty_file", None),
         (requests("a") + b"{", "invalid_json_line", 2),
+        pytest.param(requests("a") + b'{"body":{"a":' + 40_000 * b"[", "invalid_json_line", 2, id="deep"),
         (requests("a", method="GET"), "invalid_method", 1),
         (requests("a", url="/v1/completions"), "mismatched_endpoint", 1),
         (requests("a", "b", custom_id="same"), "duplicate_custom_id", 2),
