@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 from callers import Caller, GrpcCaller, HttpCaller
+from pinned import pin, two_cores
 
 from moeray.attention_shard.spec import ShardSpec, decode_event, encode_spec
 
@@ -239,6 +240,15 @@ def _python(module: str, arguments: list[str], trace: Path | None, title: str) -
     if trace is not None:
         return [sys.executable, str(HERE / "traced.py"), str(trace / f"{title}.json"), module, *arguments]
     return [sys.executable, *([] if module.endswith(".py") else ["-m"]), module, *arguments]
+
+
+def settle(asked: Sequence[Door]) -> None:
+    """Once all serve, everything to its core: fronts and clients on the first, engines on the last."""
+    wait_served(asked)
+    first, last = two_cores()
+    pin([first])
+    for door in asked:
+        door.pin([first], [last])
 
 
 def wait_served(doors: Sequence[Door]) -> None:

@@ -39,7 +39,6 @@ import uvloop
 from callers import call_all, chat
 from door_layers import layers, read_marks
 from doors import Door, NotServed
-from pinned import pin, two_cores
 from records import Record, percentile
 
 from moeray.tiny import checkpoint_path
@@ -109,7 +108,7 @@ async def trace(effort: Effort) -> list[Record]:
         baseline = stack.enter_context(doors.bare(checkpoint_path(), MODEL, LOG, trace=folder))
         own = stack.enter_context(doors.ours(checkpoint_path(), MODEL, folder, LOG, trace=folder))
         asked = {baseline: ["bare"], own[0]: ["shard", OURS], own[2]: ["shard", TENANTS]}
-        await asyncio.to_thread(_settle, list(asked))
+        await asyncio.to_thread(doors.settle, list(asked))
         for door, titles in asked.items():
             caller = await door.caller()
             await call_all([caller], WARM_UP, lambda: chat(MODEL, next(numbers)))
@@ -119,15 +118,6 @@ async def trace(effort: Effort) -> list[Record]:
             found.append(layers(door.name, answers, await asyncio.to_thread(read_marks, folder, titles, since)))
             print(json.dumps(found[-1], indent=1), flush=True)
     return found
-
-
-def _settle(asked: Sequence[Door]) -> None:
-    """Once all of them serve: everything to its core."""
-    doors.wait_served(asked)
-    first, last = two_cores()
-    pin([first])
-    for door in asked:
-        door.pin([first], [last])
 
 
 async def measure(effort: Effort, *, with_ray: bool) -> tuple[list[Record], dict[str, str]]:
@@ -151,7 +141,7 @@ async def measure(effort: Effort, *, with_ray: bool) -> tuple[list[Record], dict
 
 async def _compare(asked: Sequence[Door], effort: Effort, rounds: int, beside: str = "") -> list[Record]:
     """All of these doors in turn, at every number of clients. `beside`: after the name of each but the last."""
-    await asyncio.to_thread(_settle, asked)
+    await asyncio.to_thread(doors.settle, asked)
     numbers = itertools.count()
     found = []
     for num_clients, num_requests in effort.requests.items():

@@ -20,7 +20,7 @@ import json
 import random
 import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ import records
 import uvloop
 from callers import Answer, Caller, chat
 from doors import Door
-from pinned import pin, two_cores
 from records import Record, percentile
 
 from moeray.tiny import checkpoint_path
@@ -69,7 +68,7 @@ async def measure(rounds: int) -> list[Record]:
     windows: dict[str, list[Window]] = {PREFIX: [], ROUND_ROBIN: []}
     with contextlib.ExitStack() as stack:
         asked = stack.enter_context(doors.routed(checkpoint_path(), MODEL, list(windows), log))
-        await asyncio.to_thread(_settle, asked)
+        await asyncio.to_thread(doors.settle, asked)
         numbers = itertools.count()
         for door in asked:
             await _window(door, next(numbers))
@@ -80,15 +79,6 @@ async def measure(rounds: int) -> list[Record]:
     found = records_of(windows)
     print("\n".join(map(json.dumps, found)), flush=True)
     return found
-
-
-def _settle(asked: Sequence[Door]) -> None:
-    """Fronts and clients on the first core, both engines on the last: what is compared is who computes what."""
-    doors.wait_served(asked)
-    first, last = two_cores()
-    pin([first])
-    for door in asked:
-        door.pin([first], [last])
 
 
 async def _window(door: Door, number: int) -> Window:

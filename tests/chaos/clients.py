@@ -115,8 +115,9 @@ class _Answer:
         for choice in data.get("choices") or ():
             into = self._choices.setdefault(
                 int(choice.get("index") or 0),
-                {"content": "", "reasoning": "", "calls": {}, "finish": None, "tokens": []},
+                {"content": "", "reasoning": "", "calls": {}, "finish": None, "tokens": [], "ids": []},
             )
+            into["ids"] += choice.get("token_ids") or ()
             part = choice.get("delta") or choice.get("message") or {}
             into["content"] += part.get("content") or ""
             into["reasoning"] += part.get("reasoning") or ""
