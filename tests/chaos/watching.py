@@ -38,8 +38,9 @@ class OwnPauses(threading.Thread):
         self._ended = threading.Event()
 
     def run(self) -> None:
-        before = time.monotonic()
-        while not self._ended.wait(self.TICK_S):
+        before, has_ended = time.monotonic(), False
+        while not has_ended:
+            has_ended = self._ended.wait(self.TICK_S)
             now = time.monotonic()
             if now - before > self.LONG_S:
                 self.found.append((before, now))
