@@ -185,12 +185,14 @@ class BatchConfig:
         directory: where files and answers are kept, of every ingress the same; empty turns the API off. Several
             ingresses need a file system that they share and that has locks (flock).
         max_file_bytes, max_requests: what one input file may have.
+        max_stored_bytes: of all files of a tenant, answers included; beyond, it can upload nothing.
         concurrency: requests of a batch that run at once.
         keep_s: files and ended batches are deleted after so long.
     """
 
     directory: str = ""
     max_file_bytes: Count = 200 << 20
+    max_stored_bytes: Count = 4 << 30
     max_requests: Count = 50_000
     concurrency: Count = 16
     keep_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30 * 86_400.0

@@ -11,6 +11,7 @@ from typing import Any
 from moeray.cli.connection import cluster_state, ray_connection
 from moeray.cli.errors import CommandError
 from moeray.cli.pools import CALL_S, ROLES, processes, serves, watch
+from moeray.cli.serve_targets import Targets
 
 
 def restart(pool: str, *, timeout_s: float) -> int:
@@ -27,18 +28,21 @@ def restart(pool: str, *, timeout_s: float) -> int:
         ids = [each["id"] for each in processes(state, role) if each["state"] == "ready"]
         if not ids:
             raise CommandError(f"{pool}: no process of this pool is ready")
+        targets = Targets()
         for number, id in enumerate(ids, 1):
+            if id not in {each["id"] for each in processes(state, role)}:
+                continue  # it has left by itself, or the pool was made smaller
             print(f"{number} of {len(ids)}: {id}", flush=True)
             _tell(id)
-            state = watch(lambda now, id=id: is_replaced(now, role, id, len(ids)), timeout_s, state)  # type: ignore[misc]
-            if not is_replaced(state, role, id, len(ids)):
+            state = watch(lambda now, id=id: is_replaced(now, role, id, targets[pool]), timeout_s, state)  # type: ignore[misc]
+            if not is_replaced(state, role, id, targets[pool]):
                 raise CommandError(f"{pool}: {id} was not replaced within {timeout_s:g} s (see `moeray status`)")
     print(f"restarted: {len(ids)} {pool}", flush=True)
     return 0
 
 
 def is_replaced(state: Mapping[str, Any], role: str, id: str, count: int) -> bool:
-    """Whether the process is gone and `count` others serve."""
+    """Whether the process is gone and `count` others serve, as many as are wanted by now."""
     return id not in {each["id"] for each in processes(state, role)} and serves(state, role, count)
 
 

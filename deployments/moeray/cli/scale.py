@@ -8,9 +8,9 @@ from typing import Any
 from moeray.cli.connection import cluster_state, ray_connection
 from moeray.cli.errors import CommandError
 from moeray.cli.pools import CALL_S, ROLES, processes, serves, watch
+from moeray.cli.serve_targets import DEPLOYMENTS, Targets, deployments, serve_client
 
-DEPLOYMENTS = {"experts": "ExpertGroup", "attention": "AttentionShard"}
-"""What can be scaled -> its Serve deployment."""
+SCALED = ("experts", "attention")
 
 
 def scale(counts: Sequence[str], *, timeout_s: float) -> int:
@@ -23,8 +23,7 @@ def scale(counts: Sequence[str], *, timeout_s: float) -> int:
     with ray_connection():
         state = cluster_state()
         _check(wanted, state)
-        deployments = _deployments()
-        _check_resources(wanted, deployments)
+        _check_resources(wanted, deployments())
         _change(wanted, int(state["target_groups"]))
         _wait(wanted, timeout_s, state)
     return 0
@@ -39,7 +38,7 @@ def parse_counts(counts: Sequence[str]) -> dict[str, int]:
     wanted: dict[str, int] = {}
     for text in counts:
         pool, _, number = text.partition("=")
-        if pool not in DEPLOYMENTS or not number.isascii() or not number.isdigit():
+        if pool not in SCALED or not number.isascii() or not number.isdigit():
             raise CommandError(f"{text!r} is not experts=N or attention=N", status=2)
         if int(number) < 1:
             raise CommandError(f"{text}: at least 1 (`moeray down` stops everything)", status=2)
@@ -61,13 +60,13 @@ def _check(wanted: Mapping[str, int], state: Mapping[str, Any]) -> None:
         )
 
 
-def _check_resources(wanted: Mapping[str, int], deployments: Mapping[str, Any]) -> None:
+def _check_resources(wanted: Mapping[str, int], known: Mapping[str, Any]) -> None:
     """Raises CommandError if Ray cannot have room for the processes that are to come."""
     import ray
 
     free = ray.available_resources()
     for pool, count in wanted.items():
-        deployment = deployments.get(DEPLOYMENTS[pool])
+        deployment = known.get(DEPLOYMENTS[pool])
         if deployment is None:
             raise CommandError(f"{pool}: Ray Serve has no deployment {DEPLOYMENTS[pool]}")
         more = count - int(deployment["target_num_replicas"])
@@ -82,28 +81,6 @@ def _check_resources(wanted: Mapping[str, int], deployments: Mapping[str, Any]) 
                     status=2,
                 )
             free[resource] = free.get(resource, 0.0) - max(0.0, needed)
-
-
-def _deployments() -> dict[str, Any]:
-    """Ray Serve's own account of our deployments, by name."""
-    from moeray.app import APP_NAME
-
-    details = _serve_client().get_serve_details()
-    application = details["applications"].get(APP_NAME)
-    if application is None:
-        raise CommandError(f"Ray Serve has no application {APP_NAME}")
-    found: dict[str, Any] = application["deployments"]
-    return found
-
-
-def _serve_client() -> Any:
-    from ray.serve.context import _get_global_client
-    from ray.serve.exceptions import RayServeException
-
-    try:
-        return _get_global_client()
-    except RayServeException as error:
-        raise CommandError(f"Ray Serve does not run here: {error}") from error
 
 
 def _change(wanted: Mapping[str, int], num_groups: int) -> None:
@@ -163,7 +140,7 @@ def _tell_serve(deployment: str, count: int) -> None:
 
     from moeray.app import APP_NAME
 
-    serve_controller = _serve_client()._controller
+    serve_controller = serve_client()._controller
     try:
         ray.get(
             serve_controller.update_deployment_replicas.remote(DeploymentID(deployment, APP_NAME), count),
@@ -184,12 +161,19 @@ def _wait(wanted: Mapping[str, int], timeout_s: float, before: dict[str, Any]) -
     """Show what happens until `reached`.
 
     Raises:
-        CommandError: not within timeout_s; the numbers stay wanted.
+        CommandError: not within timeout_s, and the numbers stay wanted; or somebody wants others meanwhile.
     """
-    last = watch(lambda state: reached(wanted, state), timeout_s, before)
+    targets = Targets()
+
+    def others() -> list[str]:
+        return [f"{pool} {targets[pool]}" for pool, count in wanted.items() if targets[pool] != count]
+
+    last = watch(lambda state: reached(wanted, state) or bool(others()), timeout_s, before)
     if reached(wanted, last):
         print("reached: " + ", ".join(f"{count} {pool}" for pool, count in wanted.items()), flush=True)
         return
+    if changed := others():
+        raise CommandError(f"somebody has asked for other numbers meanwhile: {', '.join(changed)}")
     there = {pool: sum(each["state"] == "ready" for each in processes(last, ROLES[pool])) for pool in wanted}
     raise CommandError(
         f"not reached after {timeout_s:g} s: "

@@ -12,6 +12,7 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
+from moeray.ingress.body_shape import MAX_OBJECTS, message_excess
 from moeray.ingress.errors import abort
 from moeray.ingress.grpc_calls import AroundCalls, Context, Handler
 
@@ -74,9 +75,12 @@ class ReadableRequests(AroundCalls):
             if not self._budget.take(len(data)):
                 return _Refused(self._budget.refusal)
             try:
-                return deserialize(data)
+                request = deserialize(data)
             except DecodeError:
                 return _Refused(_UNREADABLE)
+            if len(data) > MAX_OBJECTS and (excess := message_excess(request)):  # each takes a byte at least
+                return _Refused({"message": f"the request {excess}", "param": None, "code": 400})
+            return request
 
         return read
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
@@ -11,15 +10,10 @@ from typing import Any
 
 from moeray.config import IngressConfig
 from moeray.ingress.asgi import App, Message, Receive, Scope, Send, answer_json
-
-MAX_JSON_DEPTH = 128
-"""vLLM takes JSON schemas of 64 levels; what surrounds them has room."""
+from moeray.ingress.body_shape import json_excess
 
 UPLOAD_MARGIN_BYTES = 64 << 10
 """A form is so much larger than its file."""
-
-_STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*+(?:"|\Z)', re.DOTALL)
-_BRACKETS = re.compile(rb"[\[{]|[\]}]")
 
 
 class BadBody(Exception):
@@ -65,8 +59,8 @@ class HttpLimits:
                 chunks = [chunk async for chunk in self._chunks(receive, most, deadline, hold)]
                 body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
                 del chunks
-                if depth_exceeds(body, MAX_JSON_DEPTH):
-                    raise BadBody(HTTPStatus.BAD_REQUEST, f"the body nests deeper than {MAX_JSON_DEPTH} levels")
+                if excess := json_excess(body):
+                    raise BadBody(HTTPStatus.BAD_REQUEST, f"the body {excess}")
                 await self._app(scope, _replay(body, receive), send)
         except ConnectionResetError:
             return
@@ -144,18 +138,6 @@ class HttpLimits:
                 raise
         if refused is not None:
             raise refused
-
-
-def depth_exceeds(body: bytes, most: int) -> bool:
-    """Whether brackets outside strings nest deeper. Cheap unless there are more than `most` at all."""
-    if body.count(b"[") + body.count(b"{") <= most:
-        return False
-    depth = 0
-    for bracket in _BRACKETS.findall(_STRINGS.sub(b"", body)):
-        depth += 1 if bracket in b"[{" else -1
-        if depth > most:
-            return True
-    return False
 
 
 async def refuse(error: BadBody, send: Send) -> None:

@@ -235,7 +235,7 @@ class IngressServer:
         as_owner = (
             None if (tenants := self._tenants) is None else lambda owner: tenants.call_of(owner, "batch").handled()
         )
-        runner = BatchRunner(store, asks(app, as_owner), limits)
+        runner = BatchRunner(store, asks(app, as_owner), self.settings.limits)
         app.include_router(batch_routes(store, limits, runner.wake))
         return asyncio.create_task(runner.run(), name="batches")
 

@@ -8,10 +8,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+from pydantic_core import to_json
 from vllm.exceptions import VLLMValidationError
 
 MAX_CHOICES = 128
 """Answers to one request (`n`, also the width of a beam search): OpenAI's own bound. Each is a sequence of its own."""
+
+MAX_PROMPTS = 2048
+"""Of one completions request; each is a request to the engines."""
+MAX_BIASES = 1 << 14
+MAX_TEXT_CHARS = 8 << 20
+"""Of one field that becomes text of the prompt: a tokenizer takes a second and 120 MiB for each million."""
 
 _FINITE = (
     "temperature",
@@ -24,6 +31,8 @@ _FINITE = (
 )
 _STOPS = ("stop", "stop_sequences")
 _CONVERSATIONS = ("messages", "input")
+_BESIDE = ("system", "instructions", "tools", "documents", "chat_template", "chat_template_kwargs")
+"""What becomes text of the prompt, too."""
 
 MAX_CONSTRAINT_CHARS = 64 << 10
 """Of a JSON schema, grammar, regex or list of choices. It is compiled in a thread of the shard's engine that cannot be
@@ -93,20 +102,57 @@ def check_request(request: Any, roles: tuple[str, ...] | None) -> None:
         stops = getattr(request, name, None)
         if "" in ([stops] if isinstance(stops, str) else stops or []):
             raise VLLMValidationError(f"{name} cannot contain an empty string", parameter=name)
-    for token, bias in (getattr(request, "logit_bias", None) or {}).items():
-        _check_finite("logit_bias", bias, f"logit_bias.{token}")
+    biases = getattr(request, "logit_bias", None) or {}
+    if len(biases) > MAX_BIASES:
+        raise VLLMValidationError(f"logit_bias may have at most {MAX_BIASES} tokens", parameter="logit_bias")
+    for token, bias in biases.items():
+        if not math.isfinite(bias):
+            _check_finite("logit_bias", bias, f"logit_bias.{token}")
     if getattr(request, "prompt", None) == []:
         raise VLLMValidationError("prompt must hold at least one text or token", parameter="prompt")
     _check_grammar(request)
+    _check_prompts(getattr(request, "prompt", None))
+    for name in _BESIDE:
+        if value := getattr(request, name, None):
+            _check_length(name, len(value if isinstance(value, str) else to_json(value, serialize_unknown=True)))
     for name in _CONVERSATIONS:
         messages = getattr(request, name, None)
         if isinstance(messages, list):
             _check_messages(name, messages, roles)
+            _check_length(name, sum(map(_num_chars, messages)))
+        elif isinstance(messages, str):
+            _check_length(name, len(messages))
 
 
 def _check_finite(name: str, value: float | None, parameter: str | None = None) -> None:
     if value is not None and not math.isfinite(value):
         raise VLLMValidationError(f"{name} must be a finite number", parameter=parameter or name, value=value)
+
+
+def _check_prompts(prompt: Any) -> None:
+    if isinstance(prompt, str):
+        _check_length("prompt", len(prompt))
+    elif isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+        if len(prompt) > MAX_PROMPTS:
+            raise VLLMValidationError(f"prompt may hold at most {MAX_PROMPTS} prompts", parameter="prompt")
+        _check_length("prompt", sum(len(each) for each in prompt if isinstance(each, str)))
+
+
+def _num_chars(message: Any) -> int:
+    """Of a message's text: its content, or the texts of its parts. Images and such are not text."""
+    content = message.get("content") if isinstance(message, dict) else getattr(message, "content", None)
+    if isinstance(content, str):
+        return len(content)
+    parts = content if isinstance(content, list) else ()
+    texts = (part.get("text") if isinstance(part, dict) else getattr(part, "text", None) for part in parts)
+    return sum(len(text) for text in texts if isinstance(text, str))
+
+
+def _check_length(parameter: str, num_chars: int) -> None:
+    if num_chars > MAX_TEXT_CHARS:
+        raise VLLMValidationError(
+            f"{parameter} has {num_chars} characters of text, at most {MAX_TEXT_CHARS} are taken", parameter=parameter
+        )
 
 
 def _check_grammar(request: Any) -> None:

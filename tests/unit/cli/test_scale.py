@@ -103,6 +103,23 @@ def change(wanted: dict[str, int]) -> str:
     return str(error.value)
 
 
+def test_who_waits_for_numbers_that_somebody_else_has_changed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted_now = {"experts": 2}
+    monkeypatch.setattr(command, "Targets", lambda: wanted_now)
+
+    def watch(done: Any, timeout_s: float, before: dict[str, Any]) -> dict[str, Any]:
+        seen = state(["ready", "ready"], ["ready"])
+        assert not done(seen)
+        wanted_now["experts"] = 3
+        assert done(seen)
+        return seen
+
+    monkeypatch.setattr(command, "watch", watch)
+    wanted_now["experts"] = 4
+    with pytest.raises(CommandError, match="other numbers meanwhile: experts 3"):
+        command._wait({"experts": 4}, 60.0, {})
+
+
 def test_what_serve_refuses_the_controller_does_not_go_on_wanting(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = Cluster(monkeypatch)
     assert change({"experts": 4, "attention": 3}) == "Ray Serve refused: no; experts stay at 2"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from moeray.vllm_hooks.continued_requests import (
     GENERATED,
     TokenGenerator,
+    _seed_draws,
     continue_after,
     generated_before,
     install,
@@ -102,6 +104,18 @@ def test_touch_point_the_runner_keeps_a_state_of_each_request() -> None:
     state = CachedRequestState("r+1", [7, 8], [], params, generator, ([],), 0, [])
     assert state.output_token_ids == [5, 6] and state.num_tokens == 4
     assert isinstance(state.generator, TokenGenerator)
+
+
+def test_every_token_is_drawn_anew_wherever_its_request_runs() -> None:
+    generator = TokenGenerator()
+    state = SimpleNamespace(sampling_params=SamplingParams(seed=3), output_token_ids=[5])
+    batch = SimpleNamespace(generators={0: generator}, req_ids=["r"])
+    runner, drawn = SimpleNamespace(input_batch=batch, requests={"r": state}), []
+    sample = _seed_draws(lambda _: drawn.append(torch.rand(4, generator=generator).tolist()))
+    for tokens in ([5], [5, 6], [5, 6, 7], [5, 6]):
+        state.output_token_ids = tokens
+        sample(runner)
+    assert drawn[1] == drawn[3] and len({tuple(each) for each in drawn}) == 3
 
 
 def test_touch_point_a_seeded_request_draws_from_its_generator_in_sample() -> None:

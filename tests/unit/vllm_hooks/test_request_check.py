@@ -13,7 +13,10 @@ from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from moeray.tiny import checkpoint_path
 from moeray.vllm_hooks.request_check import (
     MAX_CHOICES,
+    MAX_BIASES,
     MAX_CONSTRAINT_CHARS,
+    MAX_PROMPTS,
+    MAX_TEXT_CHARS,
     check_constraint,
     check_encodable,
     check_request,
@@ -93,6 +96,37 @@ def test_a_constraint_is_compiled_only_if_it_is_short(field: str) -> None:
     with pytest.raises(VLLMValidationError, match="characters") as refused:
         check_constraint(StructuredOutputsParams(**{field: longer}))
     assert refused.value.parameter == f"structured_outputs.{field}"
+
+
+LONGEST = "x" * MAX_TEXT_CHARS
+
+
+@pytest.mark.parametrize(
+    ("field", "taken", "refused"),
+    [
+        ("prompt", LONGEST, LONGEST + "x"),
+        ("prompt", [LONGEST], [LONGEST, "x"]),
+        ("prompt", ["x"] * MAX_PROMPTS, ["x"] * (MAX_PROMPTS + 1)),
+        ("prompt", [[1]] * MAX_PROMPTS, [[1]] * (MAX_PROMPTS + 1)),
+        ("prompt", [1] * (MAX_PROMPTS + 1), [LONGEST + "x"]),
+        ("input", LONGEST, LONGEST + "x"),
+        ("messages", [{"role": "user", "content": LONGEST}], [{"role": "user", "content": LONGEST + "x"}]),
+        (
+            "messages",
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": LONGEST + "x"}}]}],
+            [{"role": "user", "content": [{"type": "text", "text": LONGEST}, {"type": "text", "text": "x"}]}],
+        ),
+        ("system", LONGEST, LONGEST + "x"),
+        ("logit_bias", dict.fromkeys(range(MAX_BIASES), 1.0), dict.fromkeys(range(MAX_BIASES + 1), 1.0)),
+        ("tools", [{"description": LONGEST[:-99]}], [{"description": LONGEST}]),
+    ],
+    ids=range(11),
+)
+def test_what_a_request_holds_is_bounded_before_anything_is_made_of_it(field: str, taken: Any, refused: Any) -> None:
+    check_request(SimpleNamespace(**{field: taken}), DEEPSEEK_ROLES)
+    with pytest.raises(VLLMValidationError, match="at most") as error:
+        check_request(SimpleNamespace(**{field: refused}), DEEPSEEK_ROLES)
+    assert error.value.parameter == field
 
 
 def test_without_a_constraint_there_is_nothing_to_check() -> None:

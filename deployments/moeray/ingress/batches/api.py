@@ -52,10 +52,11 @@ def batch_routes(store: BatchStore, limits: BatchConfig, wake: Callable[[], None
         name, owner = file.filename or "", owner_of(request)
         try:
             added = store.add_file(
-                file.file, filename=name, purpose=purpose, owner=owner, max_bytes=limits.max_file_bytes
-            )
+                file.file, filename=name, purpose=purpose, owner=owner, max_bytes=limits.max_file_bytes,
+                max_stored_bytes=limits.max_stored_bytes,
+            )  # fmt: skip
         except TooLarge as error:
-            message = f"{error} (ingress.batches.max_file_bytes)"
+            message = f"{error} (ingress.batches.max_file_bytes and max_stored_bytes); delete files that are not needed"
             raise VLLMValidationError(message, parameter="file") from error
         return added.shown()
 

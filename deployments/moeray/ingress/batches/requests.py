@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from moeray.ingress.batches.objects import LineError
+from moeray.ingress.body_shape import json_excess
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 MAX_ERRORS = 20
@@ -39,16 +40,21 @@ def lines_of(path: Path) -> Iterator[BatchLine]:
                 yield msgspec.json.decode(line, type=BatchLine)
 
 
-def check(path: Path, endpoint: str, max_requests: int) -> int:
+def check(path: Path, endpoint: str, max_requests: int, max_body_bytes: int) -> int:
     """How many requests the file holds.
 
+    Args:
+        max_body_bytes: of a line: it passes no other door.
     Raises:
         NotABatch: a line is no request for this endpoint, an id comes twice, there is none, or there are too many.
     """
     errors: list[LineError] = []
     seen: set[str] = set()
     with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(iter(lambda: lines.readline(max_body_bytes + 1), b""), 1):
+            if len(line) > max_body_bytes:
+                message = f"a request may have {max_body_bytes} bytes (ingress.max_body_bytes)"
+                raise NotABatch([*errors, LineError(code="request_too_large", message=message, line=number)])
             if line.strip() and len(errors) < MAX_ERRORS:
                 error = _fault(line, endpoint, seen)
                 if error is not None:
@@ -64,12 +70,12 @@ def check(path: Path, endpoint: str, max_requests: int) -> int:
 
 
 def _fault(line: bytes, endpoint: str, seen: set[str]) -> LineError | None:
+    if excess := json_excess(line):
+        return LineError(code="invalid_json_line", message=f"the line {excess}")
     try:
         request = msgspec.json.decode(line, type=BatchLine)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         return LineError(code="invalid_json_line", message=str(error))
-    except RecursionError:
-        return LineError(code="invalid_json_line", message="it nests too deep")
     if request.method != "POST":
         return LineError(code="invalid_method", message=f"method is {request.method!r}, must be POST", param="method")
     if request.url != endpoint:

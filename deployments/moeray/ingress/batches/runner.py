@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from moeray.config import BatchConfig
+from moeray.config import IngressConfig
 from moeray.ingress.batches.objects import Batch, Counts, LineError, Status
 from moeray.ingress.batches.requests import BatchLine, NotABatch, check, lines_of
 from moeray.ingress.batches.store import BatchStore, NotStored
@@ -51,7 +51,7 @@ Ask = Callable[[str, dict[str, Any], str], Awaitable[Answer]]
 class BatchRunner:
     """Of one ingress; `run` until it is cancelled."""
 
-    def __init__(self, store: BatchStore, ask: Ask, limits: BatchConfig) -> None:
+    def __init__(self, store: BatchStore, ask: Ask, limits: IngressConfig) -> None:
         self._store, self._ask, self._limits = store, ask, limits
         self._wake = asyncio.Event()
 
@@ -68,9 +68,9 @@ class BatchRunner:
                     for owner, ids in (await asyncio.to_thread(self._waiting)).items():
                         if owner not in running or running[owner].done():
                             running[owner] = asyncio.create_task(self._run_in_turn(ids), name=f"batches of {owner}")
-                    await asyncio.to_thread(self._store.remove_expired, time.time() - self._limits.keep_s)
+                    await asyncio.to_thread(self._store.remove_expired, time.time() - self._limits.batches.keep_s)
                 except OSError:
-                    logger.exception("batches: %s", self._limits.directory)
+                    logger.exception("batches: %s", self._limits.batches.directory)
                 self._wake.clear()
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), SCAN_S)
@@ -118,7 +118,7 @@ class BatchRunner:
 class _Run:
     """One batch in this ingress' hands."""
 
-    def __init__(self, store: BatchStore, ask: Ask, limits: BatchConfig, batch: Batch) -> None:
+    def __init__(self, store: BatchStore, ask: Ask, limits: IngressConfig, batch: Batch) -> None:
         self._store, self._ask, self._limits, self._batch = store, ask, limits, batch
         self._completed = self._failed = 0
 
@@ -142,7 +142,9 @@ class _Run:
         logger.info("batch %s: %d of %d answered", batch.id, len(done), self._batch.request_counts.total)
         with self._part("output") as output, self._part("errors") as errors:
             left = (line for line in lines_of(input_file) if line.custom_id not in done)
-            working = [asyncio.create_task(self._work(left, output, errors)) for _ in range(self._limits.concurrency)]
+            working = [
+                asyncio.create_task(self._work(left, output, errors)) for _ in range(self._limits.batches.concurrency)
+            ]
             watching = asyncio.create_task(self._watch())
             try:
                 waiting: set[asyncio.Task[None]] = {watching, *working}
@@ -162,7 +164,10 @@ class _Run:
         batch = self._batch
         try:
             path = self._store.content(batch.input_file_id)
-            total = await asyncio.to_thread(check, path, batch.endpoint, self._limits.max_requests)
+            limits = self._limits
+            total = await asyncio.to_thread(
+                check, path, batch.endpoint, limits.batches.max_requests, limits.max_body_bytes
+            )
         except NotABatch as error:
             self._put(batch.to("failed", time.time(), errors=error.errors))
             return False

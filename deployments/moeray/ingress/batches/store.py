@@ -49,14 +49,27 @@ class BatchStore:
     # ---- files
 
     def add_file(
-        self, content: BinaryIO, *, filename: str, purpose: str, owner: str, max_bytes: int | None = None
+        self,
+        content: BinaryIO,
+        *,
+        filename: str,
+        purpose: str,
+        owner: str,
+        max_bytes: int | None = None,
+        max_stored_bytes: int | None = None,
     ) -> StoredFile:
         """Copy a file in.
 
+        Args:
+            max_bytes: of this file; max_stored_bytes: of all files of the owner.
         Raises:
-            TooLarge: it has more than `max_bytes`; nothing stays.
+            TooLarge: it has more than may be; nothing stays.
             OSError: no room, for example; nothing stays.
         """
+        if max_stored_bytes is not None:
+            left = max(0, max_stored_bytes - sum(stored.bytes for stored in self.files(owner)))
+            if max_bytes is None or left < max_bytes:
+                max_bytes = left
         id = _new_id("file")
         data = self._files / f"{id}.data"
         try:
@@ -156,7 +169,7 @@ def _copy(content: BinaryIO, path: Path, max_bytes: int | None) -> int:
         while chunk := content.read(COPY_BYTES):
             num_bytes += len(chunk)
             if max_bytes is not None and num_bytes > max_bytes:
-                raise TooLarge(f"a file may have {max_bytes} bytes")
+                raise TooLarge(f"there is room for {max_bytes} bytes")
             out.write(chunk)
         out.flush()
         os.fsync(out.fileno())

@@ -22,7 +22,7 @@ from fastapi.responses import JSONResponse
 from openai.types import Batch
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 
-from moeray.config import BatchConfig
+from moeray.config import BatchConfig, IngressConfig
 from moeray.ingress.batches import api as api_module
 from moeray.ingress.batches import runner as runner_module
 from moeray.ingress.batches.api import OWNER, asks, batch_routes
@@ -30,7 +30,12 @@ from moeray.ingress.batches.runner import PRIORITY, BatchRunner
 from moeray.ingress.batches.store import BatchStore
 
 ENDPOINT = "/v1/chat/completions"
-LIMITS = BatchConfig(directory="unused", max_file_bytes=100_000, max_requests=50, concurrency=4)
+LIMITS = IngressConfig(
+    max_body_bytes=50_000,
+    batches=BatchConfig(
+        directory="unused", max_file_bytes=100_000, max_stored_bytes=300_000, max_requests=50, concurrency=4
+    ),
+)
 
 
 class Application:
@@ -41,7 +46,7 @@ class Application:
         is_open: while it is not set, "wait" is not answered.
     """
 
-    def __init__(self, store: BatchStore, limits: BatchConfig) -> None:
+    def __init__(self, store: BatchStore, limits: IngressConfig) -> None:
         self.asked: list[dict[str, Any]] = []
         self.owners: set[str] = set()
         self.is_open = asyncio.Event()
@@ -50,7 +55,7 @@ class Application:
         self.app.state.args = Namespace(log_error_stack=False)
         self.app.post(ENDPOINT)(self.chat)
         self.runner = BatchRunner(store, asks(self.app), limits)
-        self.app.include_router(batch_routes(store, limits, self.runner.wake))
+        self.app.include_router(batch_routes(store, limits.batches, self.runner.wake))
 
     async def chat(self, request: Request) -> JSONResponse:
         body = await request.json()
@@ -184,6 +189,23 @@ async def test_a_batch_that_cannot_be_run_for_an_unknown_reason_keeps_no_other_f
     await until(client, good.id, "completed")
 
 
+async def test_a_line_cannot_raise_its_own_priority(application: Application) -> None:
+    client = application.client()
+    content = requests("a", body={"messages": [{"content": "a"}], "priority": -5})
+    await until(client, (await started(client, content)).id, "completed")
+    assert [body["priority"] for body in application.asked] == [PRIORITY]
+
+
+async def test_what_a_tenant_stores_is_bounded_and_deleting_makes_room(application: Application) -> None:
+    client, other = application.client("team-a"), application.client("team-b")
+    files = [await client.files.create(file=("in.jsonl", b"x" * 100_000), purpose="batch") for _ in range(3)]
+    with pytest.raises(openai.BadRequestError, match="max_stored_bytes"):
+        await client.files.create(file=("in.jsonl", b"x"), purpose="batch")
+    await other.files.create(file=("in.jsonl", b"x" * 100_000), purpose="batch")
+    await client.files.delete(files[0].id)
+    await client.files.create(file=("in.jsonl", b"x" * 100_000), purpose="batch")
+
+
 async def test_a_refused_line_is_an_error_of_its_own_and_a_busy_one_is_sent_again(application: Application) -> None:
     client = application.client()
     batch = await until(client, (await started(client, requests("a", "bad", "busy"))).id, "completed")
@@ -200,6 +222,7 @@ async def test_a_refused_line_is_an_error_of_its_own_and_a_busy_one_is_sent_agai
     [
         (b"", "empty_file", None),
         (requests("a") + b"{", "invalid_json_line", 2),
+        pytest.param(requests("a") + requests("b" * 50_000), "request_too_large", 2, id="large"),
         pytest.param(requests("a") + b'{"body":{"a":' + 40_000 * b"[", "invalid_json_line", 2, id="deep"),
         (requests("a", method="GET"), "invalid_method", 1),
         (requests("a", url="/v1/completions"), "mismatched_endpoint", 1),
