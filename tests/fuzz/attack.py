@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 from cases import (
+    batches,
     call,
     goings,
     json_bodies,
@@ -16,6 +17,7 @@ from cases import (
     messages,
     raw_http,
     send_and_go,
+    send_batch,
     send_json,
     send_raw,
     shapes,
@@ -23,7 +25,9 @@ from cases import (
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from target import Target
 
-SHARES = {"json": 0.3, "raw http": 0.2, "shape": 0.1, "gone": 0.02, "grpc message": 0.2, "grpc bytes": 0.18}
+SHARES = {
+    "json": 0.3, "raw http": 0.18, "shape": 0.1, "gone": 0.02, "batch": 0.02, "grpc message": 0.2, "grpc bytes": 0.18,
+}  # fmt: skip
 
 
 def attack(target: Target, num_cases: int, seed_: int) -> None:
@@ -44,6 +48,7 @@ def attack(target: Target, num_cases: int, seed_: int) -> None:
             "raw http": (raw_http(target.key), lambda case: send_raw(target, case)),
             "shape": (shapes(document, target.key), lambda case: send_raw(target, case, "shape")),
             "gone": (goings(target.key), lambda case: send_and_go(target, *case)),
+            "batch": (batches(), lambda case: send_batch(target, *case)),
             "grpc message": (messages(), lambda case: call(target, channel, "grpc message", *case)),
             "grpc bytes": (message_bytes(), lambda case: call(target, channel, "grpc bytes", *case)),
         }

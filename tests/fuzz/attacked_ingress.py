@@ -14,7 +14,8 @@ from pathlib import Path
 from front_process import MODEL
 from tenants import Tenants
 
-from moeray.config import IngressConfig
+from moeray.config import BatchConfig, IngressConfig
+from moeray.ingress.batches.store import BatchStore
 from moeray.ingress.server import IngressServer, IngressSettings
 
 
@@ -22,7 +23,8 @@ async def main(model: Path, folder: Path, shard: str) -> None:
     said = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # vLLM logs to stdout, where the ports alone are read
     front = {"model": str(model), "model_name": MODEL, "engine_args": {}}
-    limits = IngressConfig(head_timeout_s=5.0, body_timeout_s=5.0)
+    batches = BatchConfig(directory=str(folder / "batches"))
+    limits = IngressConfig(head_timeout_s=5.0, body_timeout_s=5.0, batches=batches)
     settings = IngressSettings("i0", front, http_port=0, grpc_port=0, limits=limits, **Tenants(folder).settings)
     server = IngressServer(settings)
     await server.start()
@@ -32,6 +34,7 @@ async def main(model: Path, folder: Path, shard: str) -> None:
     print(server.http_port, server.grpc_port, file=said, flush=True)
     while await asyncio.to_thread(sys.stdin.readline):
         left = {"the pool": server.num_requests, "admission": server.describe()["admission"]["requests"]}
+        left["batches"] = sum(not batch.has_ended for batch in BatchStore(Path(batches.directory)).batches())
         print(json.dumps(left), file=said, flush=True)
     await asyncio.get_running_loop().create_future()
 

@@ -40,6 +40,10 @@ _json = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_texts, inner, max_size=4),
     max_leaves=8,
 )
+_crowds = st.sampled_from(
+    [[{}] * 3_000, [{}] * 20_000, [0] * 50_000, [["a"]] * 9_000, dict.fromkeys(map(str, range(9_000)), 1)]
+)
+"""More of something than anybody means to send."""
 BASES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": chat(max_tokens=2),
     "/v1/completions": {"model": MODEL, "prompt": "hi", "max_tokens": 2},
@@ -75,7 +79,7 @@ def _changed(path: str, document: dict[str, Any]) -> st.SearchStrategy[tuple[str
 def _value(name: str, field: Any, document: dict[str, Any]) -> st.SearchStrategy[tuple[str, Any]]:
     fitting = _fitting(field, document, 3) if isinstance(field, dict) else _json
     values = st.integers(-2, 4) | _texts if name in BOUNDED else fitting | _json
-    return st.tuples(st.just(name), values)
+    return st.tuples(st.just(name), st.integers(0, 19).flatmap(lambda number: values if number else _crowds))
 
 
 def _fitting(schema: dict[str, Any], document: dict[str, Any], depth: int) -> st.SearchStrategy[Any]:
@@ -119,6 +123,48 @@ def send_json(target: Target, path: str, body: bytes) -> None:
     finally:
         connection.close()
     target.judge.saw(kind, str(answer.status), got)
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[bytes, dict[str, Any], bool]:
+    """(input file, the batch but for its file's id, whether the file is deleted before its turn)."""
+    path = draw(st.sampled_from(["/v1/chat/completions", "/v1/completions", "/v1/responses"]))
+    line = {"custom_id": "a", "method": "POST", "url": path, "body": BASES[path]}
+    changed = st.dictionaries(st.sampled_from(sorted(line)), _json, max_size=2).map(lambda change: line | change)
+    whole = st.lists(changed, max_size=3).map(lambda lines: b"\n".join(json.dumps(each).encode() for each in lines))
+    content = draw(whole | st.binary(max_size=200) | st.sampled_from([b"{" * 9_000, b'{"body":{"a":' + b"[" * 9_000]))
+    endpoint = draw(st.sampled_from([path, path, "/v1/models", ""]))
+    asked = {"endpoint": endpoint, "completion_window": "24h"} | draw(st.dictionaries(_texts, _json, max_size=1))
+    return content, asked, draw(st.booleans())
+
+
+def send_batch(target: Target, content: bytes, asked: dict[str, Any], is_deleted: bool) -> None:
+    """Upload, start, perhaps delete the file, cancel: whatever came of it, no batch may be left in the end."""
+    form = b'--a\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n'
+    body = form % (b"purpose", b"", b"batch") + form % (b"file", b'; filename="a"', content) + b"--a--\r\n"
+    stored = _ask(target, "POST", "/v1/files", body, "multipart/form-data; boundary=a")
+    if stored is None:
+        return
+    started = _ask(target, "POST", "/v1/batches", json.dumps(asked | {"input_file_id": stored["id"]}).encode())
+    if is_deleted:
+        _ask(target, "DELETE", f"/v1/files/{stored['id']}")
+    if started is not None:
+        _ask(target, "POST", f"/v1/batches/{started['id']}/cancel")
+
+
+def _ask(target: Target, method: str, path: str, body: bytes = b"", form: str = "application/json") -> Any:
+    """The answer, judged; None if it is a refusal."""
+    connection, kind = target.connection(), f"batch {'/'.join(path.split('/')[:3])} {method}"
+    try:
+        connection.request(method, path, body, {**target.headers, "content-type": form})
+        answer = connection.getresponse()
+        got = answer.read()
+    except TimeoutError:
+        target.judge.hung(kind)
+    finally:
+        connection.close()
+    target.judge.saw(kind, str(answer.status), got + str(answer.headers).encode())
+    return json.loads(got) if answer.status == 200 else None
 
 
 def _head(request_line: bytes, key: str, body: bytes, *more: bytes) -> bytes:

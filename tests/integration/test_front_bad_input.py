@@ -25,7 +25,7 @@ BAD: list[tuple[str, dict[str, Any], int, str]] = [
         "prompt longer than the context",
         {"messages": [{"role": "user", "content": "word " * 9000}]},
         400,
-        "input_tokens",
+        "messages",
     ),
     ("negative max_tokens", {"max_tokens": -1}, 400, "max_tokens"),
     ("huge max_tokens", {"max_tokens": 10**12}, 400, "max_tokens"),
@@ -86,14 +86,39 @@ def test_grpc_refuses_with_a_status_that_names_the_field(
         (json.dumps(chat(messages=[{"content": "hi"}])).encode(), "role"),
         (json.dumps(chat(max_tokens=1.5)).encode(), "max_tokens"),
         (json.dumps(chat(stream="maybe")).encode(), "stream"),
+        (json.dumps(chat(messages=1)).encode(), '"param": "messages"'),
+        (json.dumps(chat(messages=None)).encode(), '"param": "messages"'),
+        (json.dumps(chat(tools=1)).encode(), '"param": "tools'),
+        (json.dumps(chat(structured_outputs="x")).encode(), '"param": "structured_outputs"'),
+        (json.dumps(chat(structured_outputs=[])).encode(), '"param": "structured_outputs"'),
     ],
-    ids=["cut off", "empty", "a list", "temperature", "messages", "no role", "max_tokens", "stream"],
+    ids=[
+        "cut off",
+        "empty",
+        "a list",
+        "temperature",
+        "messages",
+        "no role",
+        "max_tokens",
+        "stream",
+        "messages 1",
+        "no messages",
+        "tools",
+        "text for a constraint",
+        "a list for a constraint",
+    ],
 )
 def test_a_body_of_the_wrong_shape_is_a_400_with_an_error_object(ingress: Ingress, body: bytes, names: str) -> None:
     status, answer, _ = ingress.post("/v1/chat/completions", body)
 
     assert status == 400, answer
     assert names in json.dumps(answer["error"]), answer
+
+
+def test_a_path_that_is_not_there_has_an_error_object_and_leads_nowhere(ingress: Ingress) -> None:
+    for path in ("/v1/nothing", "/v1/chat/completions/"):
+        status, answer, _ = ingress.post(path, chat())
+        assert (status, answer["error"]["code"]) == (404, 404), path
 
 
 def test_what_would_steer_one_local_engine_is_not_there(ingress: Ingress) -> None:

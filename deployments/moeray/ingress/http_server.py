@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def add_probes(app: FastAPI, pool: ShardPool, arrivals: Arrivals, why_dead: Callable[[], str]) -> None:
     """`/health`, `/healthz`, `/livez`: 200 while a restart would not help. `/ready`, `/readyz`: 200 while requests are
-    taken now, else 503; with what the pool knows of each shard.
+    taken now, else 503; with the state of each shard. Anybody may ask, so it tells no address.
 
     Args:
         why_dead: what only a restart ends; empty if there is nothing.
@@ -42,7 +42,8 @@ def add_probes(app: FastAPI, pool: ShardPool, arrivals: Arrivals, why_dead: Call
 
     async def ready() -> JSONResponse:
         status = "stopping" if arrivals.is_leaving else "ok" if pool.is_serving else "unavailable"
-        body: dict[str, Any] = {"status": status, "shards": pool.describe()}
+        shards = {name: {"state": shard["state"]} for name, shard in pool.describe().items()}
+        body: dict[str, Any] = {"status": status, "shards": shards}
         return JSONResponse(body, 200, {}) if status == "ok" else JSONResponse(body, 503, {"Retry-After": "1"})
 
     for path in ALIVE_PATHS:

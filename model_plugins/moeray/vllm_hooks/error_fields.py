@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import re
+import traceback
+from collections.abc import Mapping
 from typing import Any
 
 _ALIASES = {
     "max_tokens": ("max_output_tokens", "max_completion_tokens"),
     "logprobs": ("top_logprobs",),
     "stop": ("stop_sequences",),
+    "input_text": ("messages", "prompt", "input"),
+    "input_tokens": ("messages", "prompt", "input"),
+    "response_id": ("previous_response_id",),
 }
-"""vLLM names its sampling parameter; the field that sets it has these names in some requests."""
+"""vLLM names its sampling parameter, or what it made of the request; the field that sets it has these names."""
+
+_SHAPES: Mapping[str, type | tuple[type, ...]] = {
+    "messages": list, "tools": list, "documents": list, "structured_outputs": dict, "response_format": dict,
+    "stream_options": dict, "logit_bias": dict, "tool_choice": (str, dict),
+}  # fmt: skip
 
 _CONSTRAINTS = ("structured_outputs", "response_format", "text")
 _CONVERSATIONS = ("messages", "input")
@@ -45,6 +55,20 @@ def field_of(request: Any, message: str, named: str | None) -> str | None:
     for pattern, fields in _BY_MESSAGE:
         if pattern.search(message):
             return next((field for field in fields if field in sent), None)
+    return None
+
+
+def misshapen(error: BaseException) -> str | None:
+    """The field that is not of its type, where a validator of vLLM's took it for that and broke; None if none is.
+
+    Such a validator has the body in a variable `data`; nothing else tells what it looked at.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        data = frame.f_locals.get("data")
+        if isinstance(data, dict):
+            for name, kind in _SHAPES.items():
+                if name in data and not isinstance(data[name], kind) and (data[name] is not None or name == "messages"):
+                    return name
     return None
 
 

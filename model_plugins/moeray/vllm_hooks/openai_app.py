@@ -23,7 +23,7 @@ from moeray.vllm_hooks import anthropic_errors
 from moeray.vllm_hooks.admission import Refused, begun
 from moeray.vllm_hooks.anthropic_errors import anthropic_answer, told
 from moeray.vllm_hooks.engine_core import FrontLLM
-from moeray.vllm_hooks.error_fields import clean_path, field_of
+from moeray.vllm_hooks.error_fields import clean_path, field_of, misshapen
 from moeray.vllm_hooks.first_event import answered
 from moeray.vllm_hooks.request_check import check_request
 
@@ -97,8 +97,10 @@ async def build_openai_app(front: FrontLLM, engine_args: AsyncEngineArgs, *, dia
         dialect: the parsers of tool calls and thoughts, and the roles that a chat may have.
     """
     from fastapi.exceptions import RequestValidationError
+    from starlette.exceptions import HTTPException
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app
+    from vllm.entrypoints.serve.exception_handling.handlers.http import http_exception_handler
 
     arguments = _serve_arguments(engine_args, dialect)
     with root_logger_kept():
@@ -106,8 +108,10 @@ async def build_openai_app(front: FrontLLM, engine_args: AsyncEngineArgs, *, dia
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in SERVED_PATHS]
     app.exception_handler(Refused)(_refuse)
     app.exception_handler(RequestValidationError)(_explain)
-    for kind in (AttributeError, LookupError):  # others are 400 already
+    for kind in (AttributeError, LookupError, TypeError):
         app.exception_handler(kind)(_refuse_body)
+    app.exception_handler(HTTPException)(http_exception_handler)  # vLLM has it for FastAPI's own kind alone
+    app.router.redirect_slashes = False  # a redirect goes to whatever host the client has named
     app.middleware_stack = None  # vLLM's bootstrap has built it already, without our handlers
     # /v1/models shows it as `root`: a path of ours is nobody's business.
     arguments.model = (arguments.served_model_name or [arguments.model])[0]
@@ -226,8 +230,13 @@ async def _explain(request: Request, error: Any) -> Any:
 async def _refuse_body(request: Request, error: Exception) -> Any:
     """vLLM's validators take some fields for what they should be: what breaks while a body is read is its fault."""
     from fastapi.exceptions import RequestValidationError
+    from vllm.entrypoints.serve.exception_handling.handlers.exception import exception_handler
 
     if "solve_dependencies" not in (frame.name for frame in traceback.extract_tb(error.__traceback__)):
+        if isinstance(error, TypeError):  # vLLM has a translation
+            return await exception_handler(request, error)
         raise error
-    detail = {"type": "type", "loc": ("body",), "msg": "a field has a value of the wrong type"}
+    field = misshapen(error)
+    said = "has a value of the wrong type" if field else "a field has a value of the wrong type"
+    detail = {"type": "type", "loc": ("body", field) if field else ("body",), "msg": said}
     return await _explain(request, RequestValidationError([detail]))

@@ -9,7 +9,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
-from moeray.vllm_hooks.error_fields import clean_path, field_of
+from moeray.vllm_hooks.error_fields import clean_path, field_of, misshapen
 
 
 def chat(**fields: Any) -> ChatCompletionRequest:
@@ -39,6 +39,10 @@ SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}
         (chat(chat_template="x"), "Chat template is passed with request", None, "chat_template"),
         (CompletionRequest(prompt=[5]), "Token id 5 is out of vocabulary", None, "prompt"),
         (ResponsesRequest(input="?", max_output_tokens=0), "max_tokens", "max_tokens", "max_output_tokens"),
+        (chat(), "This model's maximum context length is 8192", "input_tokens", "messages"),
+        (CompletionRequest(prompt="?"), "too long", "input_text", "prompt"),
+        (ResponsesRequest(input="?"), "too long", "input_tokens", "input"),
+        (ResponsesRequest(input="?", previous_response_id="x"), "not found", "response_id", "previous_response_id"),
         (chat(), "the moon is not right", None, None),
         (chat(), "Grammar error: no constraint was sent", None, None),
     ],
@@ -53,3 +57,28 @@ def test_a_path_has_no_names_of_the_servers_classes() -> None:
     assert clean_path("body.max_tokens") == "max_tokens"
     assert clean_path("body.messages.0.ChatCompletionDeveloperMessageParam.content") == "messages.0.content"
     assert clean_path("body") == "body"
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"messages": 1}, "messages"),
+        ({"messages": None}, "messages"),
+        ({"structured_outputs": "x"}, "structured_outputs"),
+        ({"structured_outputs": []}, "structured_outputs"),
+    ],
+)
+def test_the_field_at_which_a_validator_broke_is_found_in_its_frame(changes: dict[str, Any], field: str) -> None:
+    body = {"messages": [{"role": "user", "content": "?"}], "tools": None, **changes}
+    with pytest.raises((TypeError, AttributeError, LookupError)) as broken:
+        ChatCompletionRequest.model_validate(body)
+    assert misshapen(broken.value) == field
+
+
+def test_where_all_fields_have_their_type_none_is_blamed() -> None:
+    def validator(data: dict[str, Any]) -> None:
+        raise TypeError(f"{data} and something else")
+
+    with pytest.raises(TypeError) as broken:
+        validator({"messages": [], "tools": [], "model": "m"})
+    assert misshapen(broken.value) is None

@@ -12,8 +12,8 @@ from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 from moeray.tiny import checkpoint_path
 from moeray.vllm_hooks.request_check import (
-    MAX_CHOICES,
     MAX_BIASES,
+    MAX_CHOICES,
     MAX_CONSTRAINT_CHARS,
     MAX_PROMPTS,
     MAX_TEXT_CHARS,

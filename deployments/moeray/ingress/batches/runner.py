@@ -69,7 +69,7 @@ class BatchRunner:
                         if owner not in running or running[owner].done():
                             running[owner] = asyncio.create_task(self._run_in_turn(ids), name=f"batches of {owner}")
                     await asyncio.to_thread(self._store.remove_expired, time.time() - self._limits.batches.keep_s)
-                except OSError:
+                except Exception:  # whatever it was: without this loop no batch runs
                     logger.exception("batches: %s", self._limits.batches.directory)
                 self._wake.clear()
                 with suppress(TimeoutError):
