@@ -182,8 +182,12 @@ class ShardPool:
         known = self.in_flight[request.request_id] = InFlight(request, now, place=place_being_filled())
         if self._is_closing:  # it was admitted before
             self._fail(known, NoShardReady(STOPPING))
-        else:
+            return
+        try:
             self._place(known)
+        except Exception:  # it cannot be sent, or there is a mistake here: whoever asked is told, and nothing stays
+            self._end(known)
+            raise
 
     async def abort(self, request_ids: list[str]) -> None:
         by_shard: dict[str, list[str]] = {}

@@ -59,26 +59,27 @@ def check_constraint(structured_outputs: Any) -> None:
             )
 
 
-def check_encodable(params: Any, priority: int) -> None:
-    """Check that vLLM's SamplingParams (or PoolingParams) and a priority can go to an engine; about 10 us.
+def check_encodable(params: Any, **more: Any) -> None:
+    """Check that vLLM's SamplingParams (or PoolingParams) and what else goes to an engine can; about 10 us.
 
     Raises:
-        VLLMValidationError: an integer of more than 64 bits, which the wire does not have.
+        VLLMValidationError: an integer of more than 64 bits, or a text with half of a surrogate pair, which JSON can
+            write: the wire has neither.
     """
-    try:
-        _ENCODER.encode((params, priority))
-    except OverflowError:
-        fields = {"priority": priority, **{name: getattr(params, name) for name in params.__struct_fields__}}
-        name = next(name for name, value in fields.items() if not _is_encodable(value))
-        raise VLLMValidationError(f"{name} has an integer of more than 64 bits", parameter=name) from None
+    if _unencodable((params, more)):
+        fields = {**more, **{name: getattr(params, name) for name in params.__struct_fields__}}
+        name, why = next((name, why) for name, value in fields.items() if (why := _unencodable(value)))
+        raise VLLMValidationError(f"{name} has {why}", parameter=name)
 
 
-def _is_encodable(value: Any) -> bool:
+def _unencodable(value: Any) -> str:
     try:
         _ENCODER.encode(value)
     except OverflowError:
-        return False
-    return True
+        return "an integer of more than 64 bits"
+    except UnicodeEncodeError:
+        return "half of a surrogate pair, which is no character"
+    return ""
 
 
 def check_request(request: Any, roles: tuple[str, ...] | None) -> None:

@@ -164,6 +164,22 @@ def test_a_shard_that_is_named_again_as_its_last_request_ends_stays() -> None:
     asyncio.run(scenario())
 
 
+def test_a_request_that_cannot_be_sent_leaves_nothing_behind() -> None:
+    async def scenario() -> None:
+        a = Shard("a")
+        async with cluster(a) as pool:
+            await all_ready(pool, 1)
+            bad = request("bad")
+            bad.session_id = "\ud800"
+            with pytest.raises(UnicodeEncodeError):
+                await pool.add(bad)
+            assert not pool.in_flight and pool.describe()["a"]["requests"] == 0
+            await pool.add(request("good"))
+            await until(lambda: list(a.engine.running) == ["good"])
+
+    asyncio.run(scenario())
+
+
 def test_a_draining_shard_gets_nothing_new() -> None:
     async def scenario() -> None:
         a, b = Shard("a"), Shard("b")

@@ -134,20 +134,22 @@ def test_without_a_constraint_there_is_nothing_to_check() -> None:
 
 
 @pytest.mark.parametrize(
-    ("params", "priority", "parameter"),
+    ("params", "more", "parameter"),
     [
-        ({"thinking_token_budget": 2**64}, 0, "thinking_token_budget"),
-        ({"stop_token_ids": [-(2**63) - 1]}, 0, "stop_token_ids"),
-        ({}, 2**70, "priority"),
+        ({"thinking_token_budget": 2**64}, {}, "thinking_token_budget"),
+        ({"stop_token_ids": [-(2**63) - 1]}, {}, "stop_token_ids"),
+        ({}, {"priority": 2**70}, "priority"),
+        ({}, {"session_id": "\ud800"}, "session_id"),
+        ({"stop": ["\udfff"]}, {}, "stop"),
     ],
 )
-def test_an_integer_that_the_wire_does_not_have_is_refused_and_its_field_named(
-    params: dict[str, Any], priority: int, parameter: str
+def test_what_the_wire_does_not_have_is_refused_and_its_field_named(
+    params: dict[str, Any], more: dict[str, Any], parameter: str
 ) -> None:
-    with pytest.raises(VLLMValidationError, match="64 bits") as refused:
-        check_encodable(SamplingParams(**params), priority)
+    with pytest.raises(VLLMValidationError, match=r"64 bits|surrogate") as refused:
+        check_encodable(SamplingParams(**params), **more)
     assert refused.value.parameter == parameter
 
 
 def test_the_largest_integers_that_the_wire_has_pass() -> None:
-    check_encodable(SamplingParams(thinking_token_budget=2**64 - 1, stop_token_ids=[-(2**63)]), -(2**63))
+    check_encodable(SamplingParams(thinking_token_budget=2**64 - 1, stop_token_ids=[-(2**63)]), priority=-(2**63))
