@@ -157,13 +157,15 @@ def _json_floats(change: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(change).replace("NaN", '"NaN"').replace("Infinity", '"Infinity"'))
 
 
-def test_an_integer_of_more_than_64_bits_is_refused_as_any_other_value(ingress: Ingress) -> None:
-    for path, ask in (
-        ("/v1/chat/completions", chat(thinking_token_budget=2**64)),
-        ("/v1/completions", {"model": MODEL, "prompt": "hi", "thinking_token_budget": 2**64, "stream": True}),
+def test_what_no_engine_can_be_sent_is_refused_as_any_other_value(ingress: Ingress) -> None:
+    for path, ask, field in (
+        ("/v1/chat/completions", chat(thinking_token_budget=2**64), "thinking_token_budget"),
+        ("/v1/chat/completions", chat(chat_template_kwargs={"a": -(2**64)}), "chat_template_kwargs"),
+        ("/v1/completions", {"model": MODEL, "prompt": "hi", "thinking_token_budget": 2**64}, "thinking_token_budget"),
+        ("/v1/completions", {"model": MODEL, "prompt": "hi", "session_id": "\ud800", "stream": True}, "session_id"),
     ):
         status, answer, _ = ingress.post(path, ask)
-        assert (status, answer["error"]["param"]) == (400, "thinking_token_budget"), answer
+        assert (status, answer["error"]["param"]) == (400, field), answer
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/messages"])

@@ -151,7 +151,8 @@ class FrontLLM(AsyncLLM):
         self, prompt: Any, sampling_params: Any, request_id: str, *, priority: int = 0, **more: Any
     ) -> AsyncGenerator[Any, None]:
         check_constraint(sampling_params.structured_outputs)
-        check_encodable(sampling_params, priority=priority, session_id=more.get("session_id"))
+        sent = {name: value for name, value in more.items() if name != "prompt_text"}
+        check_encodable(sampling_params, priority=priority, **sent)
         place = self.engine_core.pool.admit(need_of(request_id, prompt, sampling_params, priority))
         need, prompt = place.need, with_salt(prompt, place.need.cache_salt)
         return keep_place(place, super().generate(prompt, sampling_params, request_id, priority=need.priority, **more))

@@ -14,6 +14,7 @@ _ALIASES = {
     "input_text": ("messages", "prompt", "input"),
     "input_tokens": ("messages", "prompt", "input"),
     "response_id": ("previous_response_id",),
+    "reasoning_parser_kwargs": ("chat_template_kwargs",),
 }
 """vLLM names its sampling parameter, or what it made of the request; the field that sets it has these names."""
 

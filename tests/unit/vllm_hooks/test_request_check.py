@@ -140,6 +140,7 @@ def test_without_a_constraint_there_is_nothing_to_check() -> None:
         ({"stop_token_ids": [-(2**63) - 1]}, {}, "stop_token_ids"),
         ({}, {"priority": 2**70}, "priority"),
         ({}, {"session_id": "\ud800"}, "session_id"),
+        ({}, {"reasoning_parser_kwargs": {"a": -(2**63) - 1}}, "reasoning_parser_kwargs"),
         ({"stop": ["\udfff"]}, {}, "stop"),
     ],
 )
