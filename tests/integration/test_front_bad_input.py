@@ -163,6 +163,7 @@ def test_what_no_engine_can_be_sent_is_refused_as_any_other_value(ingress: Ingre
         ("/v1/chat/completions", chat(chat_template_kwargs={"a": -(2**64)}), "chat_template_kwargs"),
         ("/v1/completions", {"model": MODEL, "prompt": "hi", "thinking_token_budget": 2**64}, "thinking_token_budget"),
         ("/v1/completions", {"model": MODEL, "prompt": "hi", "session_id": "\ud800", "stream": True}, "session_id"),
+        ("/v1/responses", {"model": MODEL, "input": "hi", "request_id": "\ud800"}, "request_id"),
     ):
         status, answer, _ = ingress.post(path, ask)
         assert (status, answer["error"]["param"]) == (400, field), answer

@@ -152,7 +152,8 @@ class FrontLLM(AsyncLLM):
     ) -> AsyncGenerator[Any, None]:
         check_constraint(sampling_params.structured_outputs)
         sent = {name: value for name, value in more.items() if name != "prompt_text"}
-        check_encodable(sampling_params, priority=priority, **sent)
+        salt = prompt.get("cache_salt") if isinstance(prompt, dict) else None
+        check_encodable(sampling_params, request_id=request_id, priority=priority, cache_salt=salt, **sent)
         place = self.engine_core.pool.admit(need_of(request_id, prompt, sampling_params, priority))
         need, prompt = place.need, with_salt(prompt, place.need.cache_salt)
         return keep_place(place, super().generate(prompt, sampling_params, request_id, priority=need.priority, **more))
