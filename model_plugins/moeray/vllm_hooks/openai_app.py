@@ -97,7 +97,6 @@ async def build_openai_app(front: FrontLLM, engine_args: AsyncEngineArgs, *, dia
         dialect: the parsers of tool calls and thoughts, and the roles that a chat may have.
     """
     from fastapi.exceptions import RequestValidationError
-    from starlette.exceptions import HTTPException
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app
     from vllm.entrypoints.serve.exception_handling.handlers.http import http_exception_handler
@@ -110,7 +109,8 @@ async def build_openai_app(front: FrontLLM, engine_args: AsyncEngineArgs, *, dia
     app.exception_handler(RequestValidationError)(_explain)
     for kind in (AttributeError, LookupError, TypeError):
         app.exception_handler(kind)(_refuse_body)
-    app.exception_handler(HTTPException)(http_exception_handler)  # vLLM has it for FastAPI's own kind alone
+    for status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):  # vLLM has it for other errors
+        app.exception_handler(int(status))(http_exception_handler)
     app.router.redirect_slashes = False  # a redirect goes to whatever host the client has named
     app.middleware_stack = None  # vLLM's bootstrap has built it already, without our handlers
     # /v1/models shows it as `root`: a path of ours is nobody's business.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-from pydantic_core import to_json
+from pydantic import TypeAdapter
 from vllm.exceptions import VLLMValidationError
 
 MAX_CHOICES = 128
@@ -38,6 +38,7 @@ MAX_CONSTRAINT_CHARS = 64 << 10
 """Of a JSON schema, grammar, regex or list of choices. It is compiled in a thread of the shard's engine that cannot be
 stopped; its time grows with its length (a schema of 60,000 characters: 3 s; one of 1.1 million: more than 40 s)."""
 
+_JSON = TypeAdapter(Any)
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=lambda _: None)
 
 
@@ -115,7 +116,7 @@ def check_request(request: Any, roles: tuple[str, ...] | None) -> None:
     _check_prompts(getattr(request, "prompt", None))
     for name in _BESIDE:
         if value := getattr(request, name, None):
-            _check_length(name, len(value if isinstance(value, str) else to_json(value, serialize_unknown=True)))
+            _check_length(name, len(value if isinstance(value, str) else _JSON.dump_json(value, fallback=str)))
     for name in _CONVERSATIONS:
         messages = getattr(request, name, None)
         if isinstance(messages, list):
