@@ -69,8 +69,11 @@ def open_connections(ingress: Ingress, count: int) -> list[http.client.HTTPConne
     return found
 
 
-def test_streams_end_by_themselves_while_nothing_new_is_taken(leaving: Ingress, shared_shard: ShardProcess) -> None:
-    lasting = {"max_tokens": 500, "ignore_eos": True}
+def test_streams_end_by_themselves_while_nothing_new_is_taken(
+    leaving: Ingress, shared_shard: ShardProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stopping, "SETTLE_S", 2.0)  # the streams must last longer, however fast this machine is
+    lasting = {"max_tokens": 1200, "ignore_eos": True}
     with contextlib.ExitStack() as stack:
         over_http = Asked(leaving, CHAT, chat(**lasting), stream=True)
         channel, over_grpc = grpc_stream(leaving, stack, **lasting)
@@ -81,7 +84,7 @@ def test_streams_end_by_themselves_while_nothing_new_is_taken(leaving: Ingress, 
         until(lambda: shared_shard.info().num_requests == 2, 60)
         new, ready, alive, other = open_connections(leaving, 4)
 
-        stopped = stop(leaving, 60)
+        stopped = stop(leaving, 120)
 
         assert next(watched).status == health_pb2.HealthCheckResponse.NOT_SERVING
         status, body, headers = asked(ready, "GET", "/ready")
@@ -100,7 +103,7 @@ def test_streams_end_by_themselves_while_nothing_new_is_taken(leaving: Ingress, 
 
         assert over_http.end().choices[0].finish == "length"
         assert [chunk.choices[0].finish_reason for chunk in over_grpc if chunk.choices][-1] == "length"
-        stopped.result(60)
+        stopped.result(120)
         other.close()
 
 
