@@ -173,24 +173,25 @@ def slow_group(context: Context) -> Harm:
     return Harm(f"expert group pid {pid} at 1/{SLOW_SHARE} of its speed for {SLOW_S:g} s")
 
 
-def cut_channel(context: Context) -> Harm:
-    """One shard's socket to one group, which rings and tells of deaths."""
+def _doorbell(context: Context) -> tuple[int, int]:
+    """(pid of an EngineCore, descriptor of its socket to one group of its node)"""
     shard = context.one("attention_shard")["engine_pid"]
     found = sockets.doorbells(shard)
     if not found:
         raise CannotInject(f"EngineCore {shard} has no channel")
-    descriptor = context.rng.choice(found)
+    return shard, context.rng.choice(found)
+
+
+def cut_channel(context: Context) -> Harm:
+    """One shard's socket to one group, which rings and tells of deaths."""
+    shard, descriptor = _doorbell(context)
     sockets.cut(shard, descriptor)
     return Harm(f"cut channel socket {descriptor} of EngineCore pid {shard}")
 
 
 def deafen_channel(context: Context) -> Harm:
     """One shard no longer hears one group's bell, and neither end knows."""
-    shard = context.one("attention_shard")["engine_pid"]
-    found = sockets.doorbells(shard)
-    if not found:
-        raise CannotInject(f"EngineCore {shard} has no channel")
-    descriptor = context.rng.choice(found)
+    shard, descriptor = _doorbell(context)
     sockets.deafen(shard, descriptor)
     return Harm(f"deafened channel socket {descriptor} of EngineCore pid {shard}")
 

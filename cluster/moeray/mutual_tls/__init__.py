@@ -5,6 +5,6 @@ bear one name, `cluster_tls.name`, wherever the process runs; addresses are not 
 handshake, so a certificate is renewed by replacing its files; open connections stay as they are.
 """
 
-from moeray.mutual_tls.contexts import CertificateError, ClusterCertificate, why_unusable
+from moeray.mutual_tls.contexts import CertificateError, ClusterCertificate, hang_up, why_unusable
 
-__all__ = ["CertificateError", "ClusterCertificate", "why_unusable"]
+__all__ = ["CertificateError", "ClusterCertificate", "hang_up", "why_unusable"]

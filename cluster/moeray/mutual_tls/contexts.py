@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import ssl
+from contextlib import suppress
 from pathlib import Path
 
 from moeray.config import ClusterTlsConfig, ConfigError
@@ -55,11 +56,15 @@ class ClusterCertificate:
     def dialled(self, connection: socket.socket) -> ssl.SSLSocket:
         """A connection that this end has opened, after its handshake, within the connection's timeout.
 
-        Raises:
+        Raises (the connection is closed then):
             OSError: the handshake failed (ssl.SSLError: the other end is not of this cluster) or took too long.
             CertificateError: see above.
         """
-        return self._context(ssl.PROTOCOL_TLS_CLIENT).wrap_socket(connection, server_hostname=self.name)
+        try:
+            return self._context(ssl.PROTOCOL_TLS_CLIENT).wrap_socket(connection, server_hostname=self.name)
+        except BaseException:
+            connection.close()
+            raise
 
     def pem(self) -> tuple[bytes, bytes, bytes]:
         """Contents of key, certificate and authority, as gRPC takes them.
@@ -92,6 +97,13 @@ class ClusterCertificate:
         except (OSError, ssl.SSLError) as error:
             raise CertificateError(f"cluster_tls.{key} {getattr(config, key)}: {why_unusable(error)}") from error
         return context
+
+
+def hang_up(connection: socket.socket) -> None:
+    """End a connection, encrypted or not, while another thread may be sending on it."""
+    with suppress(OSError):  # it ended by itself
+        # Not SSLSocket's own: that first makes the connection a plain one.
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
 def why_unusable(error: OSError) -> str:

@@ -127,13 +127,7 @@ def _dial(address: str, host: str, deadline: float, certificate: ClusterCertific
     remaining_s = max(0.001, deadline - monotonic())
     connection = socket.create_connection((name, int(port)), remaining_s, source_address=(host, 0))
     keep_alive(connection)
-    if certificate is None:
-        return connection
-    try:
-        return certificate.dialled(connection)
-    except BaseException:
-        connection.close()
-        raise
+    return connection if certificate is None else certificate.dialled(connection)
 
 
 def _greet(connection: socket.socket, hello: Hello, deadline: float) -> str:

@@ -10,14 +10,13 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from time import monotonic, sleep
 
 import torch
 
 from moeray.config import ChannelUsers, ClusterTlsConfig
-from moeray.mutual_tls import ClusterCertificate
+from moeray.mutual_tls import ClusterCertificate, hang_up
 from moeray.transport.backends import build_communicator, join_store
 from moeray.transport.channel import ChannelListener
 from moeray.transport.errors import HandshakeRefused
@@ -144,7 +143,7 @@ class GroupServer:
         with self._lock:
             shards = list(self._shards)
         for shard in shards:
-            _shut(shard.connection)
+            hang_up(shard.connection)
         deadline = monotonic() + timeout_s
         for shard in shards:
             if shard.thread is not None:
@@ -266,9 +265,3 @@ class GroupServer:
 
 def _rank_if_gone(connection: socket.socket) -> Callable[[], int | None]:
     return lambda: 0 if peer_has_gone(connection) else None
-
-
-def _shut(connection: socket.socket) -> None:
-    with suppress(OSError):  # it ended by itself
-        # Not SSLSocket's own: that first makes the connection a plain one, which another thread may be sending on.
-        socket.socket.shutdown(connection, socket.SHUT_RDWR)

@@ -13,7 +13,7 @@ import socket
 import threading
 from collections.abc import Callable
 
-from moeray.mutual_tls import ClusterCertificate
+from moeray.mutual_tls import ClusterCertificate, hang_up
 
 logger = logging.getLogger(__name__)
 
@@ -122,9 +122,7 @@ class Lease:
     def close(self) -> None:
         """End the membership; idempotent."""
         if self._connection is not None:
-            with contextlib.suppress(OSError):
-                # Not SSLSocket's own: that first makes the connection a plain one, and another thread is sending.
-                socket.socket.shutdown(self._connection, socket.SHUT_RDWR)
+            hang_up(self._connection)
 
     def _dial(self) -> socket.socket:
         host, port = self._address.rsplit(":", 1)
