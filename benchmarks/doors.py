@@ -20,6 +20,7 @@ from callers import Caller, GrpcCaller, HttpCaller
 from pinned import pin, two_cores
 
 from moeray.attention_shard.spec import ShardSpec, decode_event, encode_spec
+from moeray.ingress.ports import free_ports
 
 HOST = "127.0.0.1"
 HERE = Path(__file__).parent
@@ -110,7 +111,7 @@ def bare(model: Path, name: str, log: Path, *, trace: Path | None = None) -> Ite
     from moeray.vllm_hooks.served_model import describe_model
 
     dialect = describe_model(model).dialect
-    port = free_port()
+    (port,) = free_ports(HOST, 1)
     line = ["--model", str(model), "--host", HOST, "--port", str(port)]
     line += ["--served-model-name", name, "--disable-uvicorn-access-log", "--distributed-executor-backend", EXECUTOR]
     line += ["--tokenizer-mode", dialect.tokenizer_mode]
@@ -223,7 +224,7 @@ def ray_serve_llm(model: Path, name: str, log: Path) -> Iterator[Door]:
     Raises:
         NotServed: this installation cannot.
     """
-    port = free_port()
+    (port,) = free_ports(HOST, 1)
     line = [sys.executable, str(HERE / "ray_door.py"), str(model), name, str(port)]
     with _process(line, log, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -314,10 +315,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def _last_line(log: Path) -> str:
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1] if lines else "it said nothing"
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.create_server((HOST, 0)) as listener:
-        return int(listener.getsockname()[1])

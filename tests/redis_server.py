@@ -9,8 +9,11 @@ import sysconfig
 import time
 from pathlib import Path
 
+from moeray.ingress.ports import free_ports
+
 SERVERS = ("redis-server", "valkey-server", "keydb-server")
 WAIT_S = 60.0
+LOOPBACK = "127.0.0.1"
 
 
 def missing() -> str | None:
@@ -18,11 +21,9 @@ def missing() -> str | None:
     return None if _binary() else f"none of {', '.join(SERVERS)} is installed"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def nobody() -> str:
+    """The URL of a Redis that is not there."""
+    return f"redis://{LOOPBACK}:{free_ports(LOOPBACK, 1)[0]}/0"
 
 
 class RedisServer:
@@ -30,15 +31,15 @@ class RedisServer:
 
     def __init__(self, folder: Path, port: int | None = None, **options: str) -> None:
         """`options` are Redis's own, with underscores; `port` is any free one if it is not given."""
-        self._port, self._folder, self._options = port or free_port(), folder, options
-        self.url = f"redis://127.0.0.1:{self._port}/0"
+        self._port, self._folder, self._options = port or free_ports(LOOPBACK, 1)[0], folder, options
+        self.url = f"redis://{LOOPBACK}:{self._port}/0"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Returns when it answers."""
         binary = _binary()
         assert binary is not None, missing()
-        options = {"bind": "127.0.0.1", "port": self._port, "dir": self._folder, "appendonly": "yes", "save": ""}
+        options = {"bind": LOOPBACK, "port": self._port, "dir": self._folder, "appendonly": "yes", "save": ""}
         options |= {key.replace("_", "-"): value for key, value in self._options.items()}
         command = [word for key, value in options.items() for word in (f"--{key}", str(value))]
         self.process = subprocess.Popen([binary, *command], stdout=subprocess.DEVNULL)
@@ -55,7 +56,7 @@ class RedisServer:
 
     def _answers(self) -> bool:
         try:
-            with socket.create_connection(("127.0.0.1", self._port), 1) as connection:
+            with socket.create_connection((LOOPBACK, self._port), 1) as connection:
                 connection.sendall(b"PING\r\n")
                 return connection.recv(7) == b"+PONG\r\n"
         except OSError:

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,18 +20,9 @@ from typing import Any
 
 import yaml
 
+from moeray.ingress.ports import free_ports
+
 UP_S = 240.0
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
 
 
 @dataclass
@@ -132,7 +122,7 @@ def cluster(
     config: dict[str, Any] | None = None, *, env: dict[str, str] | None = None, up_prefix: Sequence[str] = ()
 ) -> Iterator[Cluster]:
     """A cluster of this configuration, ready; stopped afterwards whatever happened. `up_prefix` starts `moeray up`."""
-    http, grpc = free_ports(2)
+    http, grpc = free_ports("127.0.0.1", 2)
     config = dict(config or {})
     config["ingress"] = {"http_port": http, "grpc_port": grpc} | config.get("ingress", {})
     with tempfile.TemporaryDirectory(prefix="moeray-e2e-") as folder:

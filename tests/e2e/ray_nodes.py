@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-from clusters import free_ports
+
+from moeray.ingress.ports import free_ports
 
 RAY = str(Path(sys.executable).with_name("ray"))
 ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
@@ -24,7 +25,7 @@ def ray_nodes(*pools: str) -> Iterator[str]:
 
     The head alone has the label `at=head`.
     """
-    (port,) = free_ports(1)
+    (port,) = free_ports("127.0.0.1", 1)
     folder = tempfile.mkdtemp(prefix="moeray-ray-", dir="/tmp")  # Ray's socket paths must stay below 108 characters
     start = [RAY, "start", "--disable-usage-stats", "--num-cpus=4", "--object-store-memory=100000000"]
     before = {process.pid for process in psutil.process_iter()}

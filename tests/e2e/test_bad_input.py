@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clusters import Cluster, free_ports
+from clusters import Cluster
 
+from moeray.ingress.ports import free_ports
 from moeray.tiny import checkpoint_path
 
 ASK = {"model": "moeray-tiny", "messages": [{"role": "user", "content": "What is moeray?"}], "max_tokens": 8}
@@ -162,7 +163,7 @@ def test_a_header_that_lies_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["http_port", "grpc_port"])
 def test_a_port_in_use_is_named_with_its_key(tmp_path: Path, key: str) -> None:
-    taken, other = free_ports(2)
+    taken, other = free_ports("127.0.0.1", 2)
     with socket.create_server(("127.0.0.1", taken)):
         rest = "grpc_port" if key == "http_port" else "http_port"
         done = up(tmp_path, f"ingress: {{{key}: {taken}, {rest}: {other}}}\n")
@@ -171,7 +172,7 @@ def test_a_port_in_use_is_named_with_its_key(tmp_path: Path, key: str) -> None:
 
 
 def test_too_little_memory_shows_the_arithmetic(tmp_path: Path) -> None:
-    http, grpc = free_ports(2)
+    http, grpc = free_ports("127.0.0.1", 2)
     ports = f"ingress: {{http_port: {http}, grpc_port: {grpc}}}"
     done = up(tmp_path, f"attention: {{num_shards: 1, engine_args: {{kv_cache_memory_bytes: {2**50}}}}}\n{ports}\n")
     assert done.returncode == 2

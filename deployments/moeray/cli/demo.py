@@ -18,6 +18,7 @@ from moeray.cli.preflight import preflight
 from moeray.cli.status import render, us_per_call
 from moeray.cli.up import running
 from moeray.config import ClusterConfig, load_config
+from moeray.ingress.ports import free_ports
 
 OVER_GRPC = "What is an expert group?"
 OVER_HTTP = "What is an attention shard?"
@@ -97,12 +98,10 @@ def _with_free_ports(config: ClusterConfig) -> ClusterConfig:
 
 
 def _free_port(host: str, wanted: int) -> int:
-    for port in (wanted, 0):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError:
-                continue
-            return int(probe.getsockname()[1])
-    raise CommandError(f"no free port on {host}")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, wanted))
+        except OSError:
+            return free_ports(host, 1)[0]
+    return wanted

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import socket
+from pathlib import Path
 
 import psutil
 
@@ -39,6 +42,28 @@ def bind(host: str, port: int, key: str, *, shared: bool = False) -> socket.sock
         listener.close()
         raise PortInUse(key, host, port, error.strerror or str(error)) from error
     return listener
+
+
+def free_ports(host: str, count: int) -> list[int]:
+    """Ports that nothing listens on, to be bound later, perhaps by another process.
+
+    They are below those that the kernel gives to outgoing connections (`ip_local_port_range`), or one of these would
+    take them meanwhile: a start takes a minute and opens hundreds.
+
+    Raises:
+        OSError: there are not that many.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    first_of_connections = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    below = range(min(20_000, first_of_connections // 2), first_of_connections)  # Ray's workers have 10002 to 19999
+    found: list[int] = []
+    for port in random.SystemRandom().sample(below, len(below)):
+        with socket.socket(family, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
+            probe.bind((host, port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise OSError(f"{len(found)} free ports on {host} in {below[0]} to {below[-1]}, {count} wanted")
 
 
 def _strangers(port: int) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from redis_server import RedisServer, free_port, missing
+from redis_server import RedisServer, missing, nobody
 
 from moeray.cli.commands import main
 from moeray.tenancy import UsageFiles, UsageRecord
@@ -85,7 +85,7 @@ def test_what_is_wrong_is_said_on_standard_error_with_status_two(
 
 def test_a_redis_that_does_not_answer_is_status_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cluster = tmp_path / "cluster.yaml"
-    cluster.write_text(f"redis: {{url: 'redis://127.0.0.1:{free_port()}/0'}}\n")
+    cluster.write_text(f"redis: {{url: '{nobody()}'}}\n")
     status, out, said = run(capsys, "create", "search", "-f", str(cluster))
     assert (status, out) == (1, "")
     assert "redis" in said

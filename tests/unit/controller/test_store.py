@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import ray
 import redis
-from redis_server import RedisServer, free_port, missing
+from redis_server import RedisServer, missing, nobody
 
 from moeray.controller.store import PASSWORD_VARIABLE, RedisStore, Store, StoreError, open_store
 
@@ -90,7 +90,7 @@ def test_a_redis_that_is_full_says_so_and_keeps_what_it_has(redis_server: RedisS
 
 
 def test_a_redis_that_does_not_answer_is_an_error_of_ours() -> None:
-    store = RedisStore(f"redis://127.0.0.1:{free_port()}/0", "key")
+    store = RedisStore(nobody(), "key")
     for call in (store.load, store.delete, lambda: store.save("x")):
         with pytest.raises(StoreError, match="redis"):
             call()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import random
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from moeray.ingress.errors import PortInUse
-from moeray.ingress.ports import bind
+from moeray.ingress.ports import bind, free_ports
 
 LISTEN = (
     "import socket, sys\n"
@@ -73,3 +75,16 @@ def test_a_process_of_the_same_parent_is_one_of_ours() -> None:
     )
     ours = 'import sys; from moeray.ingress.ports import bind; bind("127.0.0.1", int(sys.argv[1]), "key", shared=True)'
     assert subprocess.run([sys.executable, "-c", program, LISTEN, ours], timeout=60).returncode == 0
+
+
+def test_free_ports_differ_and_are_none_that_an_outgoing_connection_gets() -> None:
+    ports = free_ports("127.0.0.1", 300)
+    first_of_connections = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert len(set(ports)) == 300 and max(ports) < first_of_connections
+
+
+def test_a_port_that_is_taken_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    (taken,) = free_ports("127.0.0.1", 1)
+    monkeypatch.setattr(random.SystemRandom, "sample", lambda _, ports, count: [taken, taken + 1])
+    with socket.create_server(("127.0.0.1", taken)), pytest.raises(OSError, match=r"1 free ports on 127\.0\.0\.1"):
+        free_ports("127.0.0.1", 2)
