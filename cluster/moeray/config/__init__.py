@@ -1,5 +1,6 @@
 """What a person may write about a cluster, checked at the edge, frozen inside."""
 
+from moeray.config.caches import EngramConfig, KvCacheConfig
 from moeray.config.errors import ConfigError
 from moeray.config.load import load_config, parse_config, to_dict
 from moeray.config.schema import (
@@ -26,8 +27,10 @@ __all__ = [
     "ClusterConfig",
     "ClusterTlsConfig",
     "ConfigError",
+    "EngramConfig",
     "ExpertsConfig",
     "IngressConfig",
+    "KvCacheConfig",
     "MicroBatches",
     "RowFormatName",
     "TenancyConfig",

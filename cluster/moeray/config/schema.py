@@ -6,13 +6,15 @@ immutable values. Imports nothing heavy, so that `moeray --help` and bad input a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from ipaddress import ip_address
 from math import prod
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
+
+from moeray.config.caches import EngramConfig, KvCacheConfig
+from moeray.config.fields import FROM_FILE, Count, CountOrZero, Labels, Port, Seconds, SecondsOrZero, Share, bare_off
 
 POOL_LABEL = "pool"
 """Ray node label that places the pools: a node started with `pool=attention`, `pool=experts` or `pool=ingress`."""
@@ -20,21 +22,12 @@ POOL_LABEL = "pool"
 STEP_TIMEOUTS = 2
 """An engine's step may wait for a hung group so many times: each half of a batch has a connection of its own."""
 
-_FROM_FILE = ConfigDict(extra="forbid", arbitrary_types_allowed=False)
-
-Count = Annotated[int, Field(strict=True, ge=1)]
-CountOrZero = Annotated[int, Field(strict=True, ge=0)]
-Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
-SecondsOrZero = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
-Port = Annotated[int, Field(strict=True, ge=1, le=65535)]
-Labels = Mapping[str, str]
 ChannelUsers = Literal["same_user", "any_user", "off"]
 RowFormatName = Literal["plain", "fp8"]
 MicroBatches = Literal["measured", "never", "always"]
 
 
-@dataclass(frozen=True, config=_FROM_FILE)
+@dataclass(frozen=True, config=FROM_FILE)
 class AttentionConfig:
     """The attention shards: one vLLM engine each.
 
@@ -64,7 +57,7 @@ class AttentionConfig:
         return self.num_threads * prod(size for size in sizes if isinstance(size, int) and size > 0)
 
 
-@dataclass(frozen=True, config=_FROM_FILE)
+@dataclass(frozen=True, config=FROM_FILE)
 class ExpertsConfig:
     """The expert groups: each owns a slice of every layer's routed experts.
 
@@ -94,12 +87,7 @@ class ExpertsConfig:
     label_selector: Labels | None = None
 
 
-def _off(value: object) -> object:
-    """YAML reads a bare `off` as false."""
-    return "off" if value is False else value
-
-
-@dataclass(frozen=True, config=_FROM_FILE)
+@dataclass(frozen=True, config=FROM_FILE)
 class TransportConfig:
     """How dispatch and combine move bytes.
 
@@ -115,13 +103,13 @@ class TransportConfig:
     """
 
     backend: Literal["gloo", "nccl", "local"] = "gloo"
-    channel: Annotated[ChannelUsers, BeforeValidator(_off)] = "same_user"
+    channel: Annotated[ChannelUsers, BeforeValidator(bare_off)] = "same_user"
     dispatch_format: RowFormatName = "plain"
     timeout_s: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)] = 10.0
     patience_s: Seconds = 1.0
 
 
-@dataclass(frozen=True, config=_FROM_FILE)
+@dataclass(frozen=True, config=FROM_FILE)
 class TlsConfig:
     """Encryption of both ports of the front door. Files are read again when they change; nothing is restarted.
 
@@ -148,7 +136,7 @@ class TlsConfig:
         return self
 
 
-@dataclass(frozen=True, config=_FROM_FILE)
+@dataclass(frozen=True, config=FROM_FILE)
 class ClusterTlsConfig:
     """Encryption of what the cluster's processes say to each other; moeray.mutual_tls. All three files, or none.
 
@@ -177,7 +165,7 @@ class ClusterTlsConfig:
         return self
 
 
-@dataclass(frozen=True, config=_FROM_FILE)
+@dataclass(frozen=True, config=FROM_FILE)
 class BatchConfig:
     """OpenAI's batch API: files of requests that are answered when there is room.
 
@@ -198,7 +186,7 @@ class BatchConfig:
     keep_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30 * 86_400.0
 
 
-@dataclass(frozen=True, config=_FROM_FILE)
+@dataclass(frozen=True, config=FROM_FILE)
 class IngressConfig:
     """The front door.
 
@@ -249,7 +237,7 @@ class IngressConfig:
         return self
 
 
-@dataclass(frozen=True, config=_FROM_FILE)
+@dataclass(frozen=True, config=FROM_FILE)
 class HealthConfig:
     """When a process counts as hung.
 
@@ -265,7 +253,7 @@ class HealthConfig:
     step_s: Annotated[float, Field(ge=2, le=86_400, allow_inf_nan=False)] = 300.0
 
 
-@dataclass(frozen=True, config=_FROM_FILE)
+@dataclass(frozen=True, config=FROM_FILE)
 class RedisConfig:
     """Where what must outlive the controller is kept; the password comes from MOERAY_REDIS_PASSWORD.
 
@@ -276,7 +264,7 @@ class RedisConfig:
     url: str = ""
 
 
-@dataclass(frozen=True, config=_FROM_FILE)
+@dataclass(frozen=True, config=FROM_FILE)
 class TenancyConfig:
     """Who may ask, and how much.
 
@@ -299,7 +287,7 @@ class TenancyConfig:
         usage: file (each ingress its own, in usage_dir) or redis (one bounded stream; needs redis.url).
     """
 
-    auth: Annotated[Literal["off", "required"] | None, BeforeValidator(_off)] = None
+    auth: Annotated[Literal["off", "required"] | None, BeforeValidator(bare_off)] = None
     file: str = ""
     jwks_file: str = ""
     issuer: str = ""
@@ -326,7 +314,7 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-@dataclass(frozen=True, config=_FROM_FILE)
+@dataclass(frozen=True, config=FROM_FILE)
 class ClusterConfig:
     """One cluster.
 
@@ -346,6 +334,8 @@ class ClusterConfig:
     redis: RedisConfig = Field(default_factory=RedisConfig)
     tenants: TenancyConfig = Field(default_factory=TenancyConfig)
     cluster_tls: ClusterTlsConfig = Field(default_factory=ClusterTlsConfig)
+    kv_cache: KvCacheConfig = Field(default_factory=KvCacheConfig)
+    engram: EngramConfig = Field(default_factory=EngramConfig)
 
     @model_validator(mode="after")
     def _check_cluster_tls(self) -> Self:
