@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transport_peers import Peer
 
-from moeray.config import MicroBatches
+from moeray.config import KvCacheConfig, MicroBatches
 from moeray.deepseek_v4 import Checkpoint, RoutedExperts
 from moeray.placement import Placement, contiguous
 from moeray.transport import GroupServer, ModelIdentity
@@ -30,7 +30,7 @@ from moeray.vllm_hooks.settings import ADDITIONAL_CONFIG_KEY, ShardSettings
 
 STEP_TOKENS, MAX_REQUESTS = 512, 64
 TIMEOUT_S = 120.0
-MAX_STEPS = 500
+MAX_STEPS = 5000
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,9 @@ def _answer(output: Any) -> Answer:
 
 
 @contextlib.contextmanager
-def running_engine(checkpoint: Path, micro_batches: MicroBatches = "never") -> Iterator[Engine]:
+def running_engine(
+    checkpoint: Path, micro_batches: MicroBatches = "never", kv_cache: KvCacheConfig | None = None
+) -> Iterator[Engine]:
     """An engine in this process, with the threads that conftest.py has set.
 
     Only one that was started for micro-batches can be connected with them.
@@ -251,6 +253,7 @@ def running_engine(checkpoint: Path, micro_batches: MicroBatches = "never") -> I
             "kv_cache_memory_bytes": 256 << 20,
         },
         moeray=ShardSettings(backend="local", checkpoint=checkpoint, micro_batches=micro_batches),
+        kv_cache=kv_cache,
     )
     config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
     found = LLMEngine(config, Executor.get_class(config), log_stats=False, multiprocess_mode=False)

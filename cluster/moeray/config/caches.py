@@ -2,24 +2,60 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from moeray.config.fields import FROM_FILE, CountOrZero
+from moeray.config.fields import FROM_FILE, Count, CountOrZero
 
 EngramPlacement = Literal["host"]
+KV_REDIS_SCHEMES = ("redis", "rediss", "redis+sentinel", "redis+cluster")
 
 
 @dataclass(frozen=True, config=FROM_FILE)
 class KvCacheConfig:
-    """KV blocks that outlive the engine's own cache.
+    """KV blocks that outlive the engine's own cache: in its node's memory, in a Redis of all nodes.
 
     Attributes:
-        host_bytes: of each node's memory (/dev/shm), shared by its shards; 0 keeps blocks in the engines alone.
+        host_bytes: of each node's memory, shared by its shards; 0 keeps no blocks there.
+        host_directory: where they are, on a file system in memory; without it, /dev/shm/moeray-kv-<user id>. All
+            clusters of one user on a node share it and its budget.
+        staging_bytes: of each shard's own host memory, through which every block passes.
+        redis_url: redis://host:port/database, rediss:// (TLS), redis+sentinel://host:port,host:port/service/database or
+            redis+cluster://host:port, without a password (MOERAY_KV_REDIS_PASSWORD, else MOERAY_REDIS_PASSWORD); empty:
+            none. Not `redis.url`: this one must be bounded and drop what is old (allkeys-lru), that one must keep all.
+        redis_ca_file: PEM of the authority of rediss://; empty: the system's.
+        redis_ttl_s: a block that is not used for so long is dropped.
+        timeout_s: Redis is given up when it says nothing for so long, and left alone when that repeats.
     """
 
-    host_bytes: CountOrZero = 0
+    host_bytes: CountOrZero = 256 << 20
+    host_directory: str = ""
+    staging_bytes: Count = 64 << 20
+    redis_url: str = ""
+    redis_ca_file: str = ""
+    redis_ttl_s: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 86_400.0
+    timeout_s: Annotated[float, Field(gt=0, le=60, allow_inf_nan=False)] = 0.25
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is anything behind the engines' own caches."""
+        return bool(self.host_bytes or self.redis_url)
+
+    @model_validator(mode="after")
+    def _check_url(self) -> Self:
+        if not self.redis_url:
+            return self
+        parts = urlsplit(self.redis_url)
+        if parts.scheme not in KV_REDIS_SCHEMES or not parts.netloc:
+            raise ValueError(f"kv_cache.redis_url: write one of {', '.join(KV_REDIS_SCHEMES)}, then ://host:port")
+        if "@" in parts.netloc:
+            raise ValueError(
+                "kv_cache.redis_url: no user or password in a URL that is logged: set MOERAY_KV_REDIS_PASSWORD"
+            )
+        return self
 
 
 @dataclass(frozen=True, config=FROM_FILE)

@@ -56,7 +56,7 @@ class CachedBlocks:
 
     def take(self, events: list[BlockStored | BlockRemoved | AllBlocksCleared]) -> wire.Cached | None:
         """Apply one batch; returns what an ingress must hear of it, None if nothing."""
-        from vllm.distributed.kv_events import AllBlocksCleared, BlockStored
+        from vllm.distributed.kv_events import MEDIUM_GPU, AllBlocksCleared, BlockStored
 
         stored: dict[bytes, None] = {}
         removed: dict[bytes, None] = {}
@@ -65,6 +65,8 @@ class CachedBlocks:
             if isinstance(event, AllBlocksCleared):
                 self._keys.clear()
                 stored, removed, cleared = {}, {}, True
+            elif event.medium != MEDIUM_GPU:  # vLLM's word for the engine's own cache, on CPU too
+                continue
             elif isinstance(event, BlockStored):
                 for name in self._stored(event):
                     removed.pop(name, None)

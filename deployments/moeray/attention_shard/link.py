@@ -168,6 +168,7 @@ class ShardInfo(msgspec.Struct, frozen=True, tag="shard_info"):
         num_requests: requests of all ingresses that have not ended.
         links: names of the connected ingresses.
         hop: the transport's counters, as the worker gives them; empty before the first Connect.
+        kv_cache: what the KV tier did, as `moeray_kv_cache` of the worker extension gives it.
         tensors: what the engine holds, as `moeray_tensors` of the worker extension gives it, on request.
     """
 
@@ -183,6 +184,7 @@ class ShardInfo(msgspec.Struct, frozen=True, tag="shard_info"):
     num_requests: int
     links: list[str]
     hop: dict[str, Any]
+    kv_cache: dict[str, Any]
     tensors: dict[str, Any] | None = None
 
 

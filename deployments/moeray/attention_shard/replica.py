@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,7 @@ class AttentionShard:
             "running": info.num_running,
             "waiting": info.num_waiting,
             "hop": info.hop,
+            "kv_cache": info.kv_cache,
             "weights": self._weights,
             **self._member.cores(),
         }
@@ -273,6 +275,7 @@ def _spec(
             "model_name": settings.model,
             "engine_args": config.attention.engine_args,
             "moeray": None if place is ExpertsIn.VLLM else shard.to_json(),
+            "kv_cache": asdict(config.kv_cache),
         },
         wait_for_connect=place is not ExpertsIn.VLLM,
         hang_s=config.health.hang_s,

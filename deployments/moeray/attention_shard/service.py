@@ -194,6 +194,7 @@ class ShardService:
             num_requests=relay.num_requests,
             links=relay.link_names,
             hop=hop,
+            kv_cache={} if self._lost else await self._engine.call_worker("moeray_kv_cache"),
             tensors=await self._engine.call_worker("moeray_tensors") if tensors else None,
         )
 

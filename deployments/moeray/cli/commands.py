@@ -21,6 +21,7 @@ examples:
   moeray scale experts=4 attention=3       other numbers of processes, while it serves
   moeray restart experts                   new processes for one pool, one after the other
   moeray down                              stop what `up` started
+  moeray cache stats                       shared KV blocks: how many, how often fetched and why not
   moeray inspect DIRECTORY --groups 8      what a checkpoint holds, and what each of 8 expert groups would read
   moeray tenant create search              a tenant and its first key; `moeray tenant --help` has more
   moeray usage --by tenant                 who used how much
@@ -59,6 +60,10 @@ def _run(options: argparse.Namespace) -> int:
         from moeray.cli.status import status
 
         return status(as_json=options.json)
+    if options.command == "cache":
+        from moeray.cli import cache
+
+        return cache.flush() if options.action == "flush" else cache.stats(as_json=options.json)
     if options.command == "scale":
         from moeray.cli.scale import scale
 
@@ -121,6 +126,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     status.add_argument("--json", action="store_true", help="as JSON, for scripts")
 
+    cache = commands.add_parser(
+        "cache", help="what the shared stores of KV blocks hold, or empty them",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n  moeray cache stats --json\n  moeray cache flush      engines keep what is in memory of their own",
+    )  # fmt: skip
+    cache.add_argument("action", choices=("stats", "flush"))
+    cache.add_argument("--json", action="store_true", help="stats for a program")
     scale = commands.add_parser(
         "scale", help="change the numbers of expert groups and attention shards",
         description="Change the numbers of expert groups and attention shards while the cluster serves; no request is "

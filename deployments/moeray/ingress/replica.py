@@ -45,6 +45,7 @@ class Ingress:
                 limits=ingress,
                 tls=ingress.tls,
                 cluster_tls=config.cluster_tls,
+                kv_cache=config.kv_cache,
                 tenants=_tenants_of(config, settings.model, f"ingress-{index}"),
                 front={
                     "model": str(directory),

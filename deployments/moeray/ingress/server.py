@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeray.config import ClusterTlsConfig, ExpertsConfig, IngressConfig, TlsConfig
+from moeray.config import ClusterTlsConfig, ExpertsConfig, IngressConfig, KvCacheConfig, TlsConfig
 from moeray.ingress.arrivals import Arrivals
 from moeray.ingress.ports import bind
 from moeray.ingress.shard_link import SILENCE_S
@@ -46,6 +46,7 @@ class IngressSettings:
         limits: the bounds of what is admitted, of batches and of the drain are read from it, nothing else.
         tls: of both ports.
         cluster_tls: of the links to the shards.
+        kv_cache: what the shards share.
         tenants: opens those whose requests alone are served; None serves everybody.
     """
 
@@ -60,6 +61,7 @@ class IngressSettings:
     limits: IngressConfig = field(default_factory=IngressConfig)
     tls: TlsConfig = field(default_factory=TlsConfig)
     cluster_tls: ClusterTlsConfig = field(default_factory=ClusterTlsConfig)
+    kv_cache: KvCacheConfig = field(default_factory=KvCacheConfig)
     tenants: Callable[[], Awaitable[Tenants]] | None = None
 
 
@@ -185,7 +187,7 @@ class IngressServer:
             self._pool = ShardPool(
                 hello, self.settings.limits, silence_s=self.settings.silence_s, stall_s=self.settings.stall_s,
                 on_begun=self._tenants.begun if self._tenants is not None else None,
-                certificate=ClusterCertificate.of(self.settings.cluster_tls),
+                certificate=ClusterCertificate.of(self.settings.cluster_tls), kv_cache=self.settings.kv_cache,
             )  # fmt: skip
             pool: RequestPool = self._pool
             if self._tenants is not None:

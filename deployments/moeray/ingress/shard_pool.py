@@ -18,7 +18,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreReques
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from moeray.attention_shard import link as wire
-from moeray.config import ExpertsConfig, IngressConfig
+from moeray.config import ExpertsConfig, IngressConfig, KvCacheConfig
 from moeray.ingress.admission import Admission
 from moeray.ingress.in_flight import InFlight, Loss
 from moeray.ingress.prefix_index import PrefixIndex, Sessions
@@ -52,6 +52,7 @@ class ShardPool:
         silence_s: a shard that says nothing for so long is lost.
         stall_s: `experts.wait_s`; a request that waited for experts as long when its shard is lost, fails.
         on_begun: told the priorities of requests, of any ingress, that got their first token.
+        kv_cache: where shards can fetch each other's blocks from; None: nowhere.
 
     Attributes:
         in_flight: request id -> InFlight, for every request that has not ended.
@@ -68,12 +69,15 @@ class ShardPool:
         stall_s: float = ExpertsConfig.wait_s,
         on_begun: Callable[[list[int]], None] | None = None,
         certificate: ClusterCertificate | None = None,
+        kv_cache: KvCacheConfig | None = None,
     ) -> None:
         limits = limits or IngressConfig()
         self.admission = Admission(limits)
         self.in_flight: dict[str, InFlight] = {}
         self.continued = 0
         self.prefixes = PrefixIndex()
+        self._kv_cache = kv_cache or KvCacheConfig(host_bytes=0)
+        self._pool = ["pool"] if self._kv_cache.redis_url else []
         self._sessions = Sessions()
         self._hello = msgspec.structs.replace(hello, hears_cached=True)
         self._waiting = Waiting(min(WAIT_S, limits.max_wait_s) if wait_s is None else wait_s, self._give_up)
@@ -219,7 +223,7 @@ class ShardPool:
             else:
                 self._waiting_since.pop(link.shard, None)
         elif isinstance(frame, wire.Cached):
-            self.prefixes.take(link.shard, frame)
+            self.prefixes.take(link.shard, frame, [*self._node(link), *self._pool])
         elif isinstance(frame, wire.Failed):
             died = frame.code == wire.ENGINE_DEAD
             if not died:
@@ -298,7 +302,8 @@ class ShardPool:
         self._links[shard].send(wire.Add(wire.copied(self._encoder.encode(request))))
 
     def _choose(self, known: InFlight, shards: list[str]) -> str:
-        cached = self.prefixes.cached_tokens(known.request, known.token_ids, shards) if len(shards) > 1 else {}
+        holders = [*shards, *(node for name in shards for node in self._node(self._links[name])), *self._pool]
+        cached = self.prefixes.cached_tokens(known.request, known.token_ids, holders) if len(shards) > 1 else {}
         last = self._sessions.shard_of(known.request)
         shard = choose(
             Candidate(
@@ -307,11 +312,17 @@ class ShardPool:
                 self._load[name] + self._others.get(name, 0),
                 self._served[name],
                 name == last,
+                sum(cached.get(node, 0) for node in self._node(self._links[name])),
+                sum(cached.get(pool, 0) for pool in self._pool),
             )
             for name in shards
         )
         self._sessions.ran_on(known.request, shard)
         return shard
+
+    def _node(self, link: ShardLink) -> list[str]:
+        """The place that is the memory of the shard's node; none where a node's shards share no blocks."""
+        return [f"node {link.address.rpartition(':')[0]}"] if self._kv_cache.host_bytes else []
 
     def _place_waiting(self) -> None:
         for known in self._waiting:

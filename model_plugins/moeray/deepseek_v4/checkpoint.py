@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -194,15 +194,20 @@ class Checkpoint:
 
     @cached_property
     def _fingerprint(self) -> str:
-        content = {key: value for key, value in self.config.items() if key not in NOT_CONTENT}
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
-        for weight_file in sorted(self.weight_files, key=lambda each: each.file.name):
-            digest.update(f"\0{weight_file.file.name}\0{weight_file.size_bytes}\0".encode())
-            digest.update(weight_file.header)
-            _sample(digest, weight_file)
-        for weight_file in self.weight_files:
-            _require_unchanged(weight_file)
-        return digest.hexdigest()[:32]
+        return fingerprint_of(self.config, self.weight_files)
+
+
+def fingerprint_of(config: Mapping[str, Any], weight_files: Sequence[WeightFile]) -> str:
+    """As `Checkpoint.fingerprint`, of any model's files."""
+    content = {key: value for key, value in config.items() if key not in NOT_CONTENT}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+    for weight_file in sorted(weight_files, key=lambda each: each.file.name):
+        digest.update(f"\0{weight_file.file.name}\0{weight_file.size_bytes}\0".encode())
+        digest.update(weight_file.header)
+        _sample(digest, weight_file)
+    for weight_file in weight_files:
+        _require_unchanged(weight_file)
+    return digest.hexdigest()[:32]
 
 
 def _require_unchanged(weight_file: WeightFile) -> None:

@@ -5,6 +5,7 @@ A shard whose experts are computed by vLLM itself (`ExpertsIn.VLLM`) is plain vL
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import fields
 from difflib import get_close_matches
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from moeray.config import ConfigError
+from moeray.config import ConfigError, KvCacheConfig
 from moeray.deepseek_v4.shape import UNCLAMPED_FAMILIES
 from moeray.vllm_hooks import plugin
+from moeray.vllm_hooks.kv_settings import HASH, model_content, transfer_config
 from moeray.vllm_hooks.served_model import ExpertsIn, ServedModel, describe_model
 from moeray.vllm_hooks.settings import ADDITIONAL_CONFIG_KEY, ShardSettings
 
@@ -108,6 +110,7 @@ _ONLY_OF_SHARDS = (
     "enable_dbo",
     "all2all_backend",
     "expert_placement_strategy",
+    "kv_transfer_config",
 )
 TOOL_PARSER = "tool_call_parser"
 """Of `vllm serve` and not of its engine, but chosen together with `reasoning_parser`; only the front reads it."""
@@ -119,6 +122,7 @@ def shard_engine_args(
     model_name: str,
     engine_args: Mapping[str, Any],
     moeray: ShardSettings | Mapping[str, Any] | None,
+    kv_cache: KvCacheConfig | Mapping[str, Any] | None = None,
 ) -> AsyncEngineArgs:
     """Arguments of a shard's engine; loads the plugin.
 
@@ -127,24 +131,49 @@ def shard_engine_args(
         model_name: what clients call it.
         engine_args: `attention.engine_args` of cluster.yaml; they win over our defaults.
         moeray: the shard's settings, or their `to_json`; None for plain vLLM.
+        kv_cache: `kv_cache` of cluster.yaml; None keeps KV blocks in the engine.
     Raises:
         ConfigError: an unknown argument, one that is ours to set, or one that the hop cannot work with.
     """
     described = describe_model(Path(model))
-    if moeray is None:
-        plain = {"worker_extension_cls": WORKER_EXTENSION}
+    settings = (
+        None if moeray is None else moeray if isinstance(moeray, ShardSettings) else ShardSettings.from_json(moeray)
+    )
+    tiers = _kv_tiers(described, engine_args, settings, kv_cache)
+    if settings is None:
+        plain = {"worker_extension_cls": WORKER_EXTENSION, **tiers}
         if _is_one_process(engine_args):
             plain["distributed_executor_backend"] = EXECUTOR
         return _build(described, model_name, engine_args, ExpertsIn.VLLM, plain)
-    settings = moeray if isinstance(moeray, ShardSettings) else ShardSettings.from_json(moeray)
     ours = {
         "load_format": LOAD_FORMAT,
         "worker_extension_cls": WORKER_EXTENSION,
         "distributed_executor_backend": EXECUTOR,
         "additional_config": {ADDITIONAL_CONFIG_KEY: settings.to_json()},
+        **tiers,
     }
     place = ExpertsIn.SHARD if settings.backend == "local" else ExpertsIn.GROUPS
     return _build(described, model_name, engine_args, place, ours)
+
+
+def _kv_tiers(
+    model: ServedModel,
+    engine_args: Mapping[str, Any],
+    settings: ShardSettings | None,
+    kv_cache: KvCacheConfig | Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Arguments that share KV blocks; none where there is no prefix cache, or the user has a connector of his own."""
+    if kv_cache is None or "kv_transfer_config" in engine_args or engine_args.get("enable_prefix_caching") is False:
+        return {}
+    stores = kv_cache if isinstance(kv_cache, KvCacheConfig) else KvCacheConfig(**kv_cache)
+    if not stores.is_on:
+        return {}
+    algorithm = engine_args.get("prefix_caching_hash_algo", HASH)
+    threads = os.environ.get("OMP_NUM_THREADS", "")  # bits of two thread counts differ
+    content = {"weights": model_content(model.directory), "threads": threads, "hash": algorithm}
+    if settings is not None:
+        content["rows"] = settings.dispatch_format
+    return {"kv_transfer_config": transfer_config(stores, content), "prefix_caching_hash_algo": algorithm}
 
 
 def front_engine_args(

@@ -19,6 +19,7 @@ from moeray.vllm_hooks import continued_requests, micro_batch_choice
 from moeray.vllm_hooks.engram_layer import EngramLayer
 from moeray.vllm_hooks.executor import step_limit
 from moeray.vllm_hooks.hop import Connect, hop
+from moeray.vllm_hooks.kv_settings import CONNECTOR
 from moeray.vllm_hooks.loader import last_report
 from moeray.vllm_hooks.micro_batches import hop_report, second_hop
 from moeray.vllm_hooks.route import Route
@@ -126,6 +127,18 @@ class WorkerExtension:
     def moeray_hop(self) -> dict[str, Any]:
         """Costs of the hop since the last connect: see `HopCosts`, plus `generation`, `stages` and `micro_batches`."""
         return hop_report()
+
+    def moeray_kv_cache(self) -> dict[str, Any]:
+        """What the KV tier did since the engine began: see `KvTierConnector.report`; empty without one.
+
+        Where vLLM's workers are processes of their own, the scheduler is in none of them: empty, too.
+        """
+        transfer = self.vllm_config.kv_transfer_config
+        if transfer is None or transfer.kv_connector != CONNECTOR:
+            return {}
+        from moeray.vllm_hooks.kv_connector import scheduler_connectors  # imports vLLM's offloading, where it is used
+
+        return scheduler_connectors[0].report() if scheduler_connectors else {}
 
 
 def _set_up_hops(vllm_config: Any, feed: RouteFeed | None) -> None:

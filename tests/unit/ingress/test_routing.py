@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,6 +14,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
 from moeray.attention_shard import link as wire
+from moeray.config import KvCacheConfig
 from moeray.ingress import prefix_index
 from moeray.ingress.prefix_index import PrefixIndex, Sessions
 from moeray.ingress.routing import REQUEST_TOKENS, SESSION_TOKENS, Candidate, choose
@@ -30,6 +32,8 @@ candidates = st.lists(
         st.integers(0, 20),
         st.integers(0, 50),
         st.booleans(),
+        st.integers(0, 5000),
+        st.integers(0, 5000),
     ),
     min_size=1,
     max_size=6,
@@ -69,6 +73,23 @@ def test_a_session_stays_unless_its_shard_has_much_more_to_do() -> None:
     for extra in range(at_par + 2):
         chosen = choose([Candidate("last", 0, extra, 9, has_session=True), Candidate("other", 0, 0, 0)])
         assert chosen == ("last" if extra < at_par else "other")
+
+
+def test_a_prefix_counts_most_on_the_shard_less_on_its_node_and_least_in_the_pool() -> None:
+    device, node = Candidate("d", 2048, 0, 9), Candidate("n", 0, 0, 0, node_tokens=2048)
+    pool, none = Candidate("p", 0, 0, 0, pool_tokens=2048), Candidate("x", 0, 0, 0)
+    for better, worse in ((device, node), (node, pool), (pool, none)):
+        assert choose([worse, better]) == better.shard and better.worth_tokens > worse.worth_tokens
+    everywhere = Candidate("e", 2048, 0, 0, node_tokens=2048, pool_tokens=2048)
+    assert everywhere.worth_tokens == device.worth_tokens
+
+
+def test_what_the_pool_has_makes_it_cheaper_to_avoid_a_loaded_shard() -> None:
+    def busy(pool_tokens: int) -> str:
+        warm = Candidate("warm", 4 * REQUEST_TOKENS, 2, 0, pool_tokens=pool_tokens)
+        return choose([warm, Candidate("idle", 0, 0, 0, pool_tokens=pool_tokens)])
+
+    assert busy(0) == "warm" and busy(4 * REQUEST_TOKENS) == "idle"
 
 
 @given(candidates, st.randoms())
@@ -117,6 +138,26 @@ def test_what_was_removed_cleared_or_lost_counts_no_more() -> None:
     assert index.cached_tokens(asked(PROMPT), [], ["a"]) == {} and index.num_blocks("a") == 0
 
 
+def test_what_a_shard_gave_to_its_node_outlives_the_shard_and_what_it_evicts() -> None:
+    index, blocks = PrefixIndex(), keys(PROMPT)
+    index.take("a", told(*blocks), ["node x", "pool"])
+    index.take("b", told(blocks[0]), ["node y", "pool"])
+    index.take("a", told(removed=tuple(blocks)), ["node x", "pool"])
+    index.forget("a")
+    found = index.cached_tokens(asked(PROMPT), [], ["a", "b", "node x", "node y", "pool"])
+    assert found == {"b": 4, "node x": 16, "node y": 4, "pool": 16}
+
+
+def test_a_place_forgets_what_was_told_longest_ago(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix_index, "MAX_BLOCKS", 3)
+    index, blocks = PrefixIndex(), keys(PROMPT)
+    index.take("a", told(*blocks[:3]), ["pool"])
+    index.take("b", told(blocks[0]), ["pool"])
+    index.take("c", told(b"x" * 8), ["pool"])
+    assert index.num_blocks("pool") == 3
+    assert index.cached_tokens(asked(PROMPT), [], ["pool"]) == {"pool": 4}
+
+
 def test_the_index_never_holds_more_than_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefix_index, "MAX_BLOCKS", 5)
     index = PrefixIndex()
@@ -150,6 +191,26 @@ def test_a_prompt_goes_where_its_prefix_is_until_that_link_is_lost() -> None:
             assert not a.engine.running
             await b.stop()
             await until(lambda: not pool.prefixes.num_blocks("b"))
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("kv_cache", "shared"), [({"host_bytes": 1}, True), ({"host_bytes": 0}, False),
+                                                ({"host_bytes": 0, "redis_url": "redis://h"}, True)])  # fmt: skip
+def test_a_prefix_of_a_lost_shard_is_worth_something_where_its_blocks_are_shared(
+    kv_cache: dict[str, Any], shared: bool
+) -> None:
+    async def scenario() -> None:
+        a, b = Shard("a"), Shard("b")
+        async with cluster(a, b, kv_cache=KvCacheConfig(**kv_cache)) as pool:
+            await all_ready(pool, 2)
+            a.relay.cache_changed(told(*keys(PROMPT)))
+            await until(lambda: pool.prefixes.num_blocks("a"))
+            await a.stop()
+            await until(lambda: not pool.prefixes.num_blocks("a"))
+            holders = [*pool._node(pool._links["b"]), *pool._pool]
+            assert pool.prefixes.cached_tokens(asked(PROMPT), [], holders) == dict.fromkeys(holders, 16)
+            assert bool(holders) is shared
 
     asyncio.run(scenario())
 

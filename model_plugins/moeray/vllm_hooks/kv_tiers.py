@@ -1,0 +1,289 @@
+"""A block store (`moeray.kv_cache`) as one of vLLM's secondary tiers.
+
+All methods run in the scheduler and return at once; the store's own work is done by threads. Which blocks a request may
+have is decided before (`kv_connector.py`): a lookup only reads the request's `Plan`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from vllm.v1.kv_offload.base import Locality, LookupResult, Medium, RequestOffloadingContext
+from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
+
+from moeray.config import KvCacheConfig
+from moeray.kv_cache import Breaker, StoreFailed, StoreKind, TransferCost, open_store
+from moeray.vllm_hooks.kv_settings import namespace
+
+if TYPE_CHECKING:
+    from vllm.v1.kv_offload.base import OffloadingSpec, ReqContext
+
+logger = logging.getLogger(__name__)
+
+MAX_QUEUED_SHARE = 0.5
+"""Stores that wait may hold so much of the staging region; more are dropped, so that fetches find room."""
+BATCH_BLOCKS = 16
+"""Blocks of one call of a store: between calls a job that has been given up ends."""
+
+
+@dataclass(slots=True)
+class Plan:
+    """What one request may fetch: names per store. Kept in the request's ReqContext.
+
+    Attributes:
+        deadline: monotonic; fetches that have not ended by then are given up, and the tokens computed.
+    """
+
+    names: dict[str, set[bytes]]
+    deadline: float
+
+
+@dataclass(slots=True)
+class _Load:
+    """One fetch. `lock` is held while bytes are put into the region: never after the job was given up."""
+
+    job_id: int
+    names: list[bytes]
+    rows: list[int]
+    deadline: float
+    plan: Plan | None
+    started: float
+    future: Future[None] | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    loaded: list[bytes] = field(default_factory=list)
+    given_up: bool = False
+
+
+@dataclass(slots=True)
+class TierCounts:
+    """Since the engine began; blocks, bytes and jobs."""
+
+    fetched_blocks: int = 0
+    fetched_bytes: int = 0
+    missing_blocks: int = 0
+    given_up: int = 0
+    stored_blocks: int = 0
+    dropped_blocks: int = 0
+    failures: int = 0
+
+
+class StoreTier(SecondaryTierManager):  # type: ignore[misc, unused-ignore]
+    """See module docstring. vLLM makes one of each subclass that the connector's configuration names.
+
+    Attributes:
+        kind: of store.
+        cost: what fetching costs, learned from every fetch.
+        counts: what was done.
+    """
+
+    medium = Medium.CPU
+    kind: ClassVar[StoreKind]
+
+    def __init__(
+        self,
+        offloading_spec: OffloadingSpec,
+        primary_kv_view: memoryview,
+        tier_type: str,
+        kv_cache: Mapping[str, Any],
+        content: Mapping[str, Any],
+        backpressure_detector: Any = None,
+    ) -> None:
+        """Arguments as of `kv_settings.transfer_config`.
+
+        Raises:
+            StoreFailed: the store cannot be used at all.
+        """
+        super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
+        block_bytes: int = self.block_size_bytes
+        name = namespace(offloading_spec.config, block_bytes, content)
+        self.store = open_store(self.kind, KvCacheConfig(**kv_cache), name, block_bytes)
+        self.cost, self.breaker, self.counts = TransferCost(), Breaker(), TierCounts()
+        self.last_fetch = monotonic()
+        self._region = primary_kv_view.cast("B")
+        self._num_rows = primary_kv_view.shape[0] if primary_kv_view.shape else 0
+        self._loading = ThreadPoolExecutor(1, f"kv-{self.kind}-load")
+        self._storing = ThreadPoolExecutor(1, f"kv-{self.kind}-store")
+        self._loads: dict[int, _Load] = {}
+        self._stores: dict[int, tuple[Future[int], int]] = {}
+        self._failed_at_once: list[int] = []
+
+    # ---- what the connector asks
+
+    @property
+    def jobs(self) -> list[Future[Any]]:
+        """Of the threads, that have not been reported."""
+        stores: list[Future[Any]] = [future for future, _ in self._stores.values()]
+        return [*stores, *(load.future for load in self._loads.values() if load.future)]
+
+    def has(self, names: Sequence[bytes]) -> list[bool]:
+        """Which blocks are there; none while the store is not used. Takes a round trip: not for the scheduler."""
+        if not self.breaker.allows():
+            return [False] * len(names)
+        try:
+            found = self.store.has(names)
+        except StoreFailed as error:
+            self._failed(error)
+            return [False] * len(names)
+        self.breaker.succeeded()
+        return found
+
+    def measure(self, names: Sequence[bytes]) -> None:
+        """Fetch these blocks into nowhere, later: what it costs must be known even while nothing is fetched."""
+        self.last_fetch = monotonic()
+        self._loading.submit(self._measure, list(names))
+
+    # ---- vLLM's interface
+
+    def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        return RequestOffloadingContext()
+
+    def lookup(self, key: Any, req_context: ReqContext) -> LookupResult:
+        plan = req_context.get_state(Plan)
+        if plan is not None and key in plan.names.get(self.kind, ()) and monotonic() < plan.deadline:
+            return LookupResult.HIT
+        return LookupResult.MISS
+
+    def submit_store(self, job_metadata: TransferJob) -> None:
+        names, rows = list[bytes](job_metadata.keys), [int(row) for row in job_metadata.chunk_ids]
+        waiting = sum(blocks for _, blocks in self._stores.values())
+        if not self.breaker.allows() or waiting + len(names) > MAX_QUEUED_SHARE * self._num_rows:
+            self.counts.dropped_blocks += len(names)
+            self._failed_at_once.append(job_metadata.job_id)
+            return
+        self._stores[job_metadata.job_id] = self._storing.submit(self._store, names, rows), len(names)
+
+    def submit_load(self, job_metadata: TransferJob) -> None:
+        plan = job_metadata.req_context.get_state(Plan)
+        rows = [int(row) for row in job_metadata.chunk_ids]
+        deadline = monotonic() if plan is None else plan.deadline
+        load = _Load(job_metadata.job_id, list(job_metadata.keys), rows, deadline, plan, monotonic())
+        self._loads[load.job_id] = load
+        load.future = self._loading.submit(self._load, load)
+
+    def get_finished_jobs(self) -> Iterable[JobResult]:
+        for job_id in self._failed_at_once:
+            yield JobResult(job_id, False)
+        self._failed_at_once = []
+        for job_id, (future, _) in list(self._stores.items()):
+            if future.done():
+                del self._stores[job_id]
+                yield JobResult(job_id, future.exception() is None)
+        for load in list(self._loads.values()):
+            if load.future is not None and (load.future.done() or monotonic() > load.deadline):
+                del self._loads[load.job_id]
+                yield self._ended(load)
+
+    def has_pending_work(self) -> bool:
+        return bool(self._loads or self._stores or self._failed_at_once)
+
+    def touch(self, keys: Collection[Any], req_context: ReqContext) -> None:
+        """Nothing: a block is touched when it is fetched."""
+
+    def drain_jobs(self) -> None:
+        wait(self.jobs)
+
+    def shutdown(self) -> None:
+        self._loading.shutdown(cancel_futures=True)
+        self._storing.shutdown(cancel_futures=True)
+        self._region.release()
+        self.store.close()
+
+    # ---- in the threads
+
+    def _row(self, row: int) -> memoryview:
+        return self._region[row * self.block_size_bytes : (row + 1) * self.block_size_bytes]
+
+    def _store(self, names: list[bytes], rows: list[int]) -> int:
+        """Rows are pinned by vLLM until the job is reported, so a job that began is never reported before its end."""
+        kept = 0
+        for first in range(0, len(names), BATCH_BLOCKS):
+            part = slice(first, first + BATCH_BLOCKS)
+            try:
+                kept += self.store.store(names[part], [self._row(row) for row in rows[part]])
+            except StoreFailed as error:
+                self.counts.dropped_blocks += len(names) - first
+                self._failed(error)
+                raise
+        self.counts.stored_blocks += kept
+        return kept
+
+    def _load(self, load: _Load) -> None:
+        for first in range(0, len(load.names), BATCH_BLOCKS):
+            part = slice(first, first + BATCH_BLOCKS)
+            names, rows = load.names[part], load.rows[part]
+            try:
+                for name, row, block in zip(names, rows, self.store.load(names), strict=True):
+                    with load.lock:
+                        if load.given_up:
+                            return
+                        if block is not None:
+                            self._row(row)[:] = block
+                            load.loaded.append(name)
+            except StoreFailed as error:
+                self._failed(error)
+                return
+        self.breaker.succeeded()
+        self.cost.observe(len(load.names) * self.block_size_bytes, monotonic() - load.started)
+        with contextlib.suppress(StoreFailed):  # they are here already; the next call says what is wrong
+            self.store.touch(load.loaded)
+
+    def _measure(self, names: list[bytes]) -> None:
+        started = monotonic()
+        try:
+            found = sum(block is not None for block in self.store.load(names))
+        except StoreFailed as error:
+            self._failed(error)
+            return
+        self.breaker.succeeded()
+        if found:
+            self.cost.observe(found * self.block_size_bytes, monotonic() - started)
+
+    # ---- what came of it
+
+    def _ended(self, load: _Load) -> JobResult:
+        """A fetch that is done, or that has taken too long: then nothing is written by it any more."""
+        assert load.future is not None
+        with load.lock:
+            load.given_up = not load.future.done()
+            loaded: tuple[Any, ...] = tuple(load.loaded)
+        self.last_fetch = monotonic()
+        if load.given_up:
+            self.counts.given_up += 1
+            self.breaker.failed(f"a fetch of {len(load.names)} blocks took longer than computing them")
+        self.counts.fetched_blocks += len(loaded)
+        self.counts.fetched_bytes += len(loaded) * self.block_size_bytes
+        missing = set(load.names).difference(loaded)
+        self.counts.missing_blocks += len(missing)
+        if load.plan is not None:
+            load.plan.names[self.kind] -= missing
+        return JobResult(
+            load.job_id,
+            not missing,
+            loaded or None,
+            monotonic() - load.started,
+            len(loaded) * self.block_size_bytes,
+        )
+
+    def _failed(self, error: StoreFailed) -> None:
+        self.counts.failures += 1
+        if self.breaker.failed(str(error)):
+            logger.warning("KV store %s is not used for now: %s", self.kind, error)
+
+
+class NodeTier(StoreTier):
+    """This node's memory, shared by its shards."""
+
+    kind, locality = "node", Locality.LOCAL
+
+
+class RedisTier(StoreTier):
+    """A Redis that all nodes share."""
+
+    kind, locality = "redis", Locality.REMOTE
