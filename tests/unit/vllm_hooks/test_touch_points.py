@@ -238,7 +238,7 @@ def test_touch_point_worker_extension() -> None:
     names = [name for name in vars(WorkerExtension) if not name.startswith("__")]
     assert names == [
         "moeray_guard", "moeray_warm_up", "moeray_follow_routes", "moeray_connect", "moeray_choose_micro_batches",
-        "moeray_tensors", "moeray_hop",
+        "moeray_tensors", "moeray_hop", "moeray_kv_cache",
     ]  # fmt: skip
     inherited = [base for base in CPUWorker.__mro__ if base is not WorkerExtension]
     assert not [name for name in names for base in inherited if name in vars(base)]
