@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     cache = commands.add_parser(
         "cache", help="what the shared stores of KV blocks hold, or empty them",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n  moeray cache stats --json\n  moeray cache flush      engines keep what is in memory of their own",
+        epilog="examples:\n  moeray cache stats --json\n  moeray cache flush      what engines hold themselves stays",
     )  # fmt: skip
     cache.add_argument("action", choices=("stats", "flush"))
     cache.add_argument("--json", action="store_true", help="stats for a program")

@@ -50,7 +50,7 @@ class Engine:
             await self.go_on.wait()
         if method == "moeray_follow_routes":
             self.feed = await asyncio.to_thread(RouteFeed, args[0], lambda: [self.hop])
-        return self.hop.report() if method == "moeray_hop" else None
+        return {"moeray_hop": self.hop.report(), "moeray_kv_cache": {}}.get(method)
 
     async def get_output_async(self) -> Any:
         await self.ended
