@@ -33,7 +33,7 @@ class KvEngine:
         self._engine: Any = None
         self._count = 0
 
-    def start(self, checkpoint: Path, kv_cache: dict[str, Any] | None, *, plain: bool = False) -> None:
+    def start(self, checkpoint: Path, kv_cache: dict[str, Any] | None, plain: bool = False) -> None:
         """Load; `plain`: vLLM's own model and experts, as `vllm serve` would run them."""
         os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
         from vllm.usage.usage_lib import UsageContext
@@ -69,6 +69,26 @@ class KvEngine:
             for output in self._engine.step():
                 first, last = first or time.perf_counter() - began, output
         return First(first, last.num_cached_tokens or 0, tuple(last.outputs[0].token_ids))  # type: ignore[attr-defined]
+
+    def decode(self, batch: int, steps: int) -> float:
+        """Tokens per second of `batch` requests with prompts of their own, from their first tokens on."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=0, max_tokens=steps + 20, ignore_eos=True, detokenize=False)
+        names = [f"d{self._count}-{number}" for number in range(batch)]
+        self._count += 1
+        for number, name in enumerate(names):
+            prompt = [10 + (self._count * 97 + number * 31 + each) % 1400 for each in range(64)]
+            self._engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
+        begun: set[str] = set()
+        while len(begun) < batch:
+            begun |= {output.request_id for output in self._engine.step() if output.outputs[0].token_ids}
+        began = time.perf_counter()
+        tokens = sum(len(self._engine.step()) for _ in range(steps))
+        seconds = time.perf_counter() - began
+        self._engine.abort_request(names)
+        self.settle()
+        return tokens / seconds
 
     def settle(self) -> None:
         """Until the stores have everything.

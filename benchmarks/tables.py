@@ -138,6 +138,29 @@ def routing_table(found: list[Record]) -> str:
     return markdown(head, rows)
 
 
+def kv_cache_table(found: list[Record]) -> str:
+    """One line per store and prefix."""
+    ways = ("cold", "device", "fetched", "computed", "chosen")
+    rows = [
+        [each["store"], each["prefix"], *(f"{each[way + '_ms']:.0f}" for way in ways), _ratio(each),
+         f"{each['chose_to_fetch']} of {each['rounds']}", f"{each['regret']:.2f}"]
+        for each in found if each["bench"] == "paths"
+    ]  # fmt: skip
+    head = ["store", "prefix", "cold, ms", *ways[1:], "fetched / computed", "chose to fetch", "regret"]
+    return markdown(head, rows)
+
+
+def chats_table(found: list[Record]) -> str:
+    """One line per way to keep KV."""
+    rows = [
+        [each["way"], each["users"], f"{100 * each['cached']:.0f} %",
+         f"{each['ttft_p50_ms']:.0f} / {each['ttft_p95_ms']:.0f}", f"{each['later_p50_ms']:.0f}"]
+        for each in found if each["bench"] == "chats"
+    ]  # fmt: skip
+    head = ["KV is kept in", "users", "prompt tokens not computed", "TTFT p50 / p95, ms", "p50 of later turns"]
+    return markdown(head, rows)
+
+
 def layers_table(found: list[Record]) -> str:
     """One line per layer; microseconds to the first token, and of each later one, for every door."""
     names = list(dict.fromkeys(name for each in found for name in each["first_token_us"]))
@@ -184,6 +207,8 @@ TABLES: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
     "ingress": ("ingress.json", ingress_table),
     "layers": ("ingress_layers.json", layers_table),
     "routing": ("routing.json", routing_table),
+    "kv_cache": ("kv_cache.json", kv_cache_table),
+    "chats": ("kv_cache.json", chats_table),
 }
 """Name in the document -> (file of results, what makes it)."""
 
