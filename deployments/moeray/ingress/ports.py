@@ -55,7 +55,8 @@ def free_ports(host: str, count: int) -> list[int]:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     first_of_connections = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    below = range(min(20_000, first_of_connections // 2), first_of_connections)  # Ray's workers have 10002 to 19999
+    # Ray's workers have 10002 to 19999.
+    below = range(20_000 if first_of_connections > 21_000 else first_of_connections // 2, first_of_connections)
     found: list[int] = []
     for port in random.SystemRandom().sample(below, len(below)):
         with socket.socket(family, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):

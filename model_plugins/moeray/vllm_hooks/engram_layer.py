@@ -5,9 +5,8 @@ Suffixes: T tokens, R requests, L Engram layers, C hash columns, B lookback, H s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,15 +15,16 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.linear import ReplicatedLinear
 
 from moeray.deepseek_v4.checkpoint import Checkpoint
-from moeray.deepseek_v4.engram import EngramError, EngramLayout, IntArray, NgramHash, add_gated_value, build_token_map
+from moeray.deepseek_v4.engram import EngramError, EngramLayout, NgramHash, add_gated_value, build_token_map
 from moeray.deepseek_v4.engram_table import EngramTable, table_name
 from moeray.deepseek_v4.errors import CheckpointError
+from moeray.engram import AskedRows, EngramRows, LocalTables, StoredRows, Table
 
 _TOKENIZER_FILE = "tokenizer.json"
 
 
 class EngramLayer(nn.Module):
-    """One layer's gate. The table is not a parameter: it stays in the mapped file."""
+    """One layer's gate. The table is not a parameter: it stays where its rows lie."""
 
     def __init__(self, config: Any, layout: EngramLayout, table: EngramTable, prefix: str) -> None:
         super().__init__()
@@ -41,9 +41,13 @@ class EngramLayer(nn.Module):
         self.q_weight = nn.Parameter(torch.empty(shape_HD), requires_grad=False)
         self.k_weight = nn.Parameter(torch.empty(shape_HD), requires_grad=False)
 
-    def forward(self, streams_THD: Tensor, rows_TC: IntArray) -> Tensor:
-        """The streams with the gated value added."""
-        kv = self.wkv(self.table.gather(rows_TC).to(streams_THD.dtype))
+    def forward(self, streams_THD: Tensor, rows: StoredRows) -> Tensor:
+        """The streams with the gated value added.
+
+        Args:
+            rows: of these tokens.
+        """
+        kv = self.wkv(self.table.values_of(rows).to(streams_THD.dtype))
         return add_gated_value(streams_THD, kv, self.q_weight, self.k_weight, self.rms_eps)
 
 
@@ -60,8 +64,10 @@ class EngramStep:
         directory, config = Path(vllm_config.model_config.model), vllm_config.model_config.hf_config
         self.layout = layout
         self.hash = NgramHash(layout, *build_token_map(_tokenizer(vllm_config.model_config), config.vocab_size))
-        self._rows_LTC: IntArray | None = None
+        self._asked: AskedRows | None = None
+        self._tokens = slice(None)
         checkpoint = Checkpoint.open(directory)
+        tables: list[Table] = []
         for index, layer_id in enumerate(layout.layer_ids):
             table = EngramTable(checkpoint.matrix(table_name(layer_id)), (layout.num_rows[index], layout.head_dim))
             layer = decoder_layers[layer_id]
@@ -69,31 +75,29 @@ class EngramStep:
                 raise EngramError(f"layer {layer_id} runs fused mHC kernels, before which the gated value cannot enter")
             layer.engram = EngramLayer(config, layout, table, f"model.layers.{layer_id}.engram")
             layer.register_forward_pre_hook(self._hook(index))
+            tables.append(table.bytes)
+        self.rows: EngramRows = LocalTables(tables)
 
     def begin(self, input_ids_T: Tensor, starts_R1: Tensor, lookback_RB: Tensor) -> None:
-        """Address the rows of the coming forward pass (arguments as of `NgramHash.rows`)."""
+        """Ask for the rows of the coming forward pass (arguments as of `NgramHash.rows`); nobody waits for them yet."""
         tokens, starts, lookback = (t.numpy().astype(np.int64) for t in (input_ids_T, starts_R1, lookback_RB))
-        self._rows_LTC = self.hash.rows(tokens, starts, lookback)
+        self._asked, self._tokens = self.rows.ask(self.hash.rows(tokens, starts, lookback)), slice(None)
 
-    def rows_of(self, slices: Sequence[Any]) -> list[IntArray | None]:
-        """The step's rows, cut like its tokens (vLLM's UBatchSlices)."""
-        rows_LTC = self._rows_LTC
-        return [None if rows_LTC is None else rows_LTC[:, each.token_slice] for each in slices]
-
-    def use(self, rows_LTC: IntArray | None) -> None:
-        """Those of the tokens that are computed next."""
-        self._rows_LTC = rows_LTC
+    def use(self, tokens: slice) -> None:
+        """Only these of the step's tokens are computed next."""
+        self._tokens = tokens
 
     def skip(self) -> None:
         """The coming forward pass is a dummy: the layers pass through."""
-        self._rows_LTC = None
+        self._asked = None
 
     def _hook(self, index: int) -> Any:
         def add_engram(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            if self._rows_LTC is None:
+            if self._asked is None:
                 return None
-            engram: Any = layer.engram
-            return (engram(args[0], self._rows_LTC[index]), *args[1:])
+            rows, engram = self._asked.take(index), cast(EngramLayer, layer.engram)
+            of_tokens = StoredRows(rows.values, rows.scales, rows.index_TC[self._tokens])
+            return (engram(args[0], of_tokens), *args[1:])
 
         return add_engram
 

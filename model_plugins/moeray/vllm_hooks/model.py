@@ -63,11 +63,10 @@ class DeepseekV4ForCausalLM(VllmDeepseekV4ForCausalLM):  # type: ignore[misc, un
         if not micro_batches.is_cut(context):
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
         forward = super().forward
-        rows = [None, None] if self._engram is None else self._engram.rows_of(context.ubatch_slices)
 
         def on_turn(half: int) -> None:
             if self._engram is not None:
-                self._engram.use(rows[half])
+                self._engram.use(context.ubatch_slices[half].token_slice)
 
         def compute(part: Any) -> Any:
             return forward(input_ids[part.token_slice], positions[part.token_slice])
