@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from moeray.config.fields import FROM_FILE, Count, CountOrZero
 
-EngramPlacement = Literal["host"]
+EngramPlacement = Literal["host", "device"]
 KV_REDIS_SCHEMES = ("redis", "rediss", "redis+sentinel", "redis+cluster")
 
 
@@ -63,7 +63,10 @@ class EngramConfig:
     """Where the rows of Engram tables lie.
 
     Attributes:
-        placement: host: the checkpoint's file, mapped by every shard of a node, one copy in its memory.
+        placement: host: the checkpoint's files, mapped by every shard of a node, one copy in its memory; device: a copy
+            in each shard's own memory, for small tables.
+        prefault: bring mapped tables into memory before a shard serves, so that no request waits for the disk.
     """
 
     placement: EngramPlacement = "host"
+    prefault: Annotated[bool, Field(strict=True)] = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeray.attention_shard import link as wire
@@ -115,6 +116,8 @@ def start_engine(spec: ShardSpec, progress: Callable[[str], None]) -> ShardEngin
 
         from moeray.vllm_hooks.fingerprint import model_fingerprint
 
+    if spec.prefault:
+        _bring_tables(Path(spec.engine["model"]), progress)
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # now: vLLM's CPU platform sets spawn with the configuration
     last_words = watch_engine_child()
     progress("loading model" if spec.engine["moeray"] is not None else "loading model, experts in vLLM")
@@ -127,6 +130,18 @@ def start_engine(spec: ShardSpec, progress: Callable[[str], None]) -> ShardEngin
             raise
         raise EngineLost(wire.ENGINE_DEAD, fault.reason) from error
     return ShardEngine(client, last_words, vllm.__version__, model_fingerprint(config.model_config))
+
+
+def _bring_tables(directory: Path, progress: Callable[[str], None]) -> None:
+    """Engram tables from the disk into the node's memory, where the engine will map them. Another shard may have."""
+    from moeray.deepseek_v4.engram_files import table_ranges
+    from moeray.deepseek_v4.weight_files import read_headers
+    from moeray.engram import prefault
+
+    def told(num_bytes: int, total: int) -> None:
+        progress(f"bringing Engram tables into memory: {num_bytes / 2**30:.2f} of {total / 2**30:.2f} GiB")
+
+    prefault(list(table_ranges(read_headers(directory)[1])), told)
 
 
 def _configure(spec: ShardSpec, progress: Callable[[str], None]) -> VllmConfig:

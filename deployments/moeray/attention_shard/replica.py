@@ -280,6 +280,7 @@ def _spec(
         wait_for_connect=place is not ExpertsIn.VLLM,
         hang_s=config.health.hang_s,
         step_s=config.health.step_s,
+        prefault=config.engram.prefault and config.engram.placement == "host" and place is not ExpertsIn.VLLM,
         tls=config.cluster_tls,
     )
     return spec, place
@@ -300,5 +301,6 @@ def _shard_settings(config: ClusterConfig, directory: Path, index: int, spin_s: 
         host=ray.util.get_node_ip_address(),
         spin_s=spin_s,
         micro_batches=config.attention.micro_batches,
+        engram=config.engram.placement,
         tls=config.cluster_tls,
     )

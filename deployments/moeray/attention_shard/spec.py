@@ -27,6 +27,7 @@ class ShardSpec:
         hang_s: this process, or its engine, is killed when it gives no sign of life for so long.
         tls: with it, the relay speaks to processes of its cluster only.
         step_s: its engine is killed when one step takes so long, without what that waits for experts.
+        prefault: bring Engram tables that are mapped into memory before the engine starts.
     """
 
     shard: str
@@ -40,6 +41,7 @@ class ShardSpec:
     drain_s: float = 5.0
     hang_s: float = 10.0
     step_s: float = 300.0
+    prefault: bool = False
     tls: ClusterTlsConfig = field(default_factory=ClusterTlsConfig)
 
 

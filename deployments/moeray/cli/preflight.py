@@ -17,6 +17,7 @@ from moeray.cli.tenancy_store import roster_of
 from moeray.config import ClusterConfig, ConfigError
 from moeray.controller.settings import controller_settings
 from moeray.deepseek_v4.checkpoint import Checkpoint
+from moeray.deepseek_v4.engram_files import table_ranges
 from moeray.deepseek_v4.errors import CheckpointError
 from moeray.deepseek_v4.inspection import value_bytes
 from moeray.deepseek_v4.source import locate
@@ -109,6 +110,16 @@ def _check_memory(config: ClusterConfig, directory: Path, checkpoint: Checkpoint
         + in_groups
     )
     available = _available_bytes()
+    tables = 0 if checkpoint is None else sum(each.num_bytes for each in table_ranges(checkpoint.tensors))
+    if config.engram.placement == "device":
+        needed += num_shards * tables
+    elif config.engram.prefault and needed + tables > available > needed:
+        raise CommandError(
+            f"engram.prefault: {_gib(tables)} GiB of Engram tables do not fit: {_gib(available)} GiB are free, about "
+            f"{_gib(needed)} GiB are needed beside them. Write `engram: {{prefault: false}}` to read rows from disk "
+            "when they are asked for, or take a larger node",
+            status=2,
+        )
     if needed > available:
         raise CommandError(
             f"too little memory: {_gib(available)} GiB are free, about {_gib(needed)} GiB are needed "

@@ -7,8 +7,6 @@ Suffixes: T tokens, C hash columns, N rows gathered, V rows of the table, W elem
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,7 +15,7 @@ from moeray.deepseek_v4.engram_kernel import gather_fp8, gather_plain, products
 from moeray.deepseek_v4.errors import CheckpointError
 from moeray.deepseek_v4.formats import StoredMatrix
 from moeray.deepseek_v4.weight_files import DOWNLOAD_AGAIN, StoredTensor
-from moeray.engram import FileRange, IntArray, StoredRows, Table
+from moeray.engram import IntArray, StoredRows, Table
 from moeray.engram.rows import Bytes
 
 # safetensors dtype of values that are computed with as they are; FP8 values become bfloat16
@@ -99,17 +97,6 @@ class EngramTable:
             words = out_NW.view(torch.int16).numpy().view(np.uint16)
             gather_fp8()(stored.values, stored.scales, index_N, products(), words)
         return out_NW.view(num_tokens, num_columns * self._width)
-
-
-def table_ranges(tensors: Mapping[str, StoredTensor]) -> Iterator[FileRange]:
-    """Where a checkpoint's tables lie, scales included.
-
-    Args:
-        tensors: name -> place, as in `Checkpoint.tensors`.
-    """
-    for name, tensor in tensors.items():
-        if ".engram.embed." in name:
-            yield FileRange(tensor.file, tensor.offset, tensor.num_bytes)
 
 
 def _mapped(stored: StoredTensor) -> Bytes:

@@ -19,6 +19,7 @@ from moeray.deepseek_v4.engram import EngramError, EngramLayout, NgramHash, add_
 from moeray.deepseek_v4.engram_table import EngramTable, table_name
 from moeray.deepseek_v4.errors import CheckpointError
 from moeray.engram import AskedRows, EngramRows, LocalTables, StoredRows, Table
+from moeray.vllm_hooks.settings import shard_settings
 
 _TOKENIZER_FILE = "tokenizer.json"
 
@@ -76,7 +77,9 @@ class EngramStep:
             layer.engram = EngramLayer(config, layout, table, f"model.layers.{layer_id}.engram")
             layer.register_forward_pre_hook(self._hook(index))
             tables.append(table.bytes)
-        self.rows: EngramRows = LocalTables(tables)
+        settings = shard_settings(vllm_config)
+        is_copied = settings is not None and settings.engram == "device"
+        self.rows: EngramRows = LocalTables([table.copied() for table in tables] if is_copied else tables)
 
     def begin(self, input_ids_T: Tensor, starts_R1: Tensor, lookback_RB: Tensor) -> None:
         """Ask for the rows of the coming forward pass (arguments as of `NgramHash.rows`); nobody waits for them yet."""

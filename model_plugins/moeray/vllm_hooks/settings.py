@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moeray.config import ChannelUsers, ClusterTlsConfig, MicroBatches, RowFormatName
+from moeray.config import ChannelUsers, ClusterTlsConfig, EngramPlacement, MicroBatches, RowFormatName
 
 ADDITIONAL_CONFIG_KEY = "moeray"
 SPIN_S = 200e-6
@@ -31,6 +31,7 @@ class ShardSettings:
         host: address this shard's end of the transport binds and connects from.
         spin_s: see `TransportSpec`.
         micro_batches: which steps are computed in two halves, see `AttentionConfig`.
+        engram: where the rows of Engram tables lie, see `EngramConfig`.
         tls: see `TransportSpec`.
     """
 
@@ -46,6 +47,7 @@ class ShardSettings:
     host: str = "127.0.0.1"
     spin_s: float = 0.0
     micro_batches: MicroBatches = "never"
+    engram: EngramPlacement = "host"
     tls: ClusterTlsConfig = field(default_factory=ClusterTlsConfig)
 
     def __post_init__(self) -> None:

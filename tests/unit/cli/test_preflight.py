@@ -14,6 +14,7 @@ from moeray.cli.errors import CommandError
 from moeray.config import ConfigError, parse_config
 from moeray.deepseek_v4 import Checkpoint
 from moeray.deepseek_v4.inspection import value_bytes
+from moeray.engram import FileRange
 
 GIB = 2**30
 
@@ -77,3 +78,17 @@ def test_quantised_experts_need_room_for_their_values(tmp_path: Path, monkeypatc
         preflight.preflight(config(directory, num_groups=2))
     monkeypatch.setattr(preflight, "_available_bytes", lambda: 600 * GIB)
     preflight.preflight(config(directory, num_groups=2))
+
+
+def test_tables_that_do_not_fit_beside_the_rest_are_told_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(preflight, "table_ranges", lambda _: [FileRange(Path("t"), 0, 100 * GIB)])
+    monkeypatch.setattr(preflight, "_available_bytes", lambda: 64 * GIB)
+    with pytest.raises(
+        CommandError, match=r"engram\.prefault: 100\.0 GiB of Engram tables do not fit: 64\.0 GiB are free"
+    ):
+        preflight.preflight(parse_config({}))
+    preflight.preflight(parse_config({"engram": {"prefault": False}}))
+    with pytest.raises(CommandError, match="too little memory"):
+        preflight.preflight(parse_config({"engram": {"placement": "device"}}))
