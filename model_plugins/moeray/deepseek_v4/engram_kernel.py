@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from numba import types
 
 from moeray.deepseek_v4.formats import dequantise
 from moeray.transport.compiled import compiled
@@ -46,6 +45,8 @@ def _gather_fp8(values_VW: Any, scales_VB: Any, index_N: Any, products: Any, out
 @cache
 def gather_fp8() -> Callable[..., None]:
     """(values uint8 [V, W], scales uint8 [V, B], index int64 [N], `products()`, out uint16 [N, W])."""
+    from numba import types  # not before it is needed: see `compiled`
+
     bytes_2d = types.Array(types.uint8, 2, "C", readonly=True)
     index, words = types.Array(types.int64, 1, "C"), types.Array(types.uint16, 1, "C")
     return compiled(_gather_fp8, (bytes_2d, bytes_2d, index, words, types.uint16[:, ::1]))
@@ -59,5 +60,7 @@ def _gather_plain(values_VW: Any, index_N: Any, out_NW: Any) -> None:
 @cache
 def gather_plain() -> Callable[..., None]:
     """(values uint8 [V, W bytes], index int64 [N], out uint8 [N, W bytes])."""
+    from numba import types  # not before it is needed: see `compiled`
+
     bytes_2d = types.Array(types.uint8, 2, "C", readonly=True)
     return compiled(_gather_plain, (bytes_2d, types.Array(types.int64, 1, "C"), types.uint8[:, ::1]))
