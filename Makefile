@@ -15,7 +15,7 @@ CODE := cluster model_plugins deployments scripts tests benchmarks
 BIN := $(abspath $(VENV))/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full test-deploy correctness check lint fmt types imports fast-test fuzz chaos bench bench-hop bench-network bench-step bench-ingress bench-routing bench-kv tiny-model proto api-docs wheel lock clean
+.PHONY: help setup demo test test-full test-deploy correctness check lint fmt types imports fast-test fuzz chaos bench bench-hop bench-network bench-step bench-ingress bench-routing bench-kv bench-engram tiny-model proto api-docs wheel lock clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -83,6 +83,10 @@ bench-routing: setup  ## Chats over two shards, routed by cached prefix beside r
 
 bench-kv: setup  ## First tokens with KV on the device, in the node, in Redis, nowhere -> benchmarks/results/kv_cache.json (ten minutes)
 	$(BIN)/python benchmarks/kv_cache.py --json benchmarks/results/kv_cache.json $(BENCH_ARGS)
+	$(BIN)/python benchmarks/tables.py
+
+bench-engram: setup  ## Engram tables mapped, in private memory, beside memcpy -> benchmarks/results/engram.json (ten minutes, 9 GiB of disk)
+	$(BIN)/python benchmarks/engram.py --json benchmarks/results/engram.json $(BENCH_ARGS)
 	$(BIN)/python benchmarks/tables.py
 
 chaos: setup  ## Five minutes of faults in a cluster under load, every kind, every answer checked (CHAOS_ARGS="--seed 7 --json FILE")

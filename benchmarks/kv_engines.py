@@ -33,8 +33,10 @@ class KvEngine:
         self._engine: Any = None
         self._count = 0
 
-    def start(self, checkpoint: Path, kv_cache: dict[str, Any] | None, plain: bool = False) -> None:
-        """Load; `plain`: vLLM's own model and experts, as `vllm serve` would run them."""
+    def start(
+        self, checkpoint: Path, kv_cache: dict[str, Any] | None, plain: bool = False, engram: Any = "host"
+    ) -> None:
+        """Load; `plain`: vLLM's own model and experts, as `vllm serve` would run them; `engram`: its placement."""
         os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.llm_engine import LLMEngine
@@ -45,7 +47,7 @@ class KvEngine:
         from moeray.vllm_hooks.engine_args import shard_engine_args
         from moeray.vllm_hooks.settings import ShardSettings
 
-        settings = None if plain else ShardSettings(backend="local", checkpoint=checkpoint)
+        settings = None if plain else ShardSettings(backend="local", checkpoint=checkpoint, engram=engram)
         limits = {"max_model_len": MAX_TOKENS, "max_num_batched_tokens": STEP_TOKENS, "kv_cache_memory_bytes": KV_BYTES}
         arguments = shard_engine_args(
             model=checkpoint, model_name="bench", engine_args=limits, moeray=settings, kv_cache=kv_cache

@@ -161,6 +161,27 @@ def chats_table(found: list[Record]) -> str:
     return markdown(head, rows)
 
 
+def engram_table(found: list[Record]) -> str:
+    """One line per table and step."""
+    rows = [
+        [each["table_gib"], each["tokens"], f"{each['rows_per_s'] / 1e6:.2f}", each["us_per_token"], each["times_memcpy"],
+         _ratio(each) if "ratio" in each else ""]
+        for each in found if each["bench"] == "gather"
+    ]  # fmt: skip
+    head = ["table, GiB", "tokens a step", "M rows/s", "us per token", "x memcpy", "speed, mapped / private"]
+    decode = [[each["batch"], each["tokens_per_s"], _ratio(each)] for each in found if each["bench"] == "decode"]
+    memory = [
+        [each["process"], each["Rss"], each["Pss"], each["Anonymous"]] for each in found if each["bench"] == "memory"
+    ]
+    return "\n\n".join(
+        [
+            markdown(head, rows),
+            markdown(["decode, requests", "tokens/s", "mapped / private"], decode),
+            markdown(["process", "RSS, GiB", "PSS", "private"], memory),
+        ]
+    )
+
+
 def layers_table(found: list[Record]) -> str:
     """One line per layer; microseconds to the first token, and of each later one, for every door."""
     names = list(dict.fromkeys(name for each in found for name in each["first_token_us"]))
@@ -207,6 +228,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
     "ingress": ("ingress.json", ingress_table),
     "layers": ("ingress_layers.json", layers_table),
     "routing": ("routing.json", routing_table),
+    "engram": ("engram.json", engram_table),
     "kv_cache": ("kv_cache.json", kv_cache_table),
     "chats": ("kv_cache.json", chats_table),
 }

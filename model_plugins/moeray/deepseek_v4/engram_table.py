@@ -61,6 +61,7 @@ class EngramTable:
                 f"convert it to one of {', '.join(_PLAIN)}, or to {_FP8} with scales of {_FP8_SCALES[0]}",
             )
         self.dtype = torch.bfloat16 if is_fp8 else _PLAIN[table.dtype]
+        self._gather = gather_fp8() if is_fp8 else gather_plain()  # compiled now, not in a request
         self.bytes = Table(_mapped(table), None if scale is None else _mapped(scale))
         self._width = shape_VW[1]
 
@@ -92,10 +93,10 @@ class EngramTable:
         index_N = np.ascontiguousarray(stored.index_TC).ravel()
         out_NW = torch.empty((len(index_N), self._width), dtype=self.dtype)
         if stored.scales is None:
-            gather_plain()(stored.values, index_N, out_NW.view(torch.uint8).numpy())
+            self._gather(stored.values, index_N, out_NW.view(torch.uint8).numpy())
         else:
             words = out_NW.view(torch.int16).numpy().view(np.uint16)
-            gather_fp8()(stored.values, stored.scales, index_N, products(), words)
+            self._gather(stored.values, stored.scales, index_N, products(), words)
         return out_NW.view(num_tokens, num_columns * self._width)
 
 
