@@ -170,9 +170,8 @@ def engram_table(found: list[Record]) -> str:
     ]  # fmt: skip
     head = ["table, GiB", "tokens a step", "M rows/s", "us per token", "x memcpy", "speed, mapped / private"]
     decode = [[each["batch"], each["tokens_per_s"], _ratio(each)] for each in found if each["bench"] == "decode"]
-    memory = [
-        [each["process"], each["Rss"], each["Pss"], each["Anonymous"]] for each in found if each["bench"] == "memory"
-    ]
+    sizes = ("process", "Rss", "Pss", "Anonymous")
+    memory = [[each[name] for name in sizes] for each in found if each["bench"] == "memory"]
     return "\n\n".join(
         [
             markdown(head, rows),
