@@ -164,8 +164,8 @@ def chats_table(found: list[Record]) -> str:
 def engram_table(found: list[Record]) -> str:
     """One line per table and step."""
     rows = [
-        [each["table_gib"], each["tokens"], f"{each['rows_per_s'] / 1e6:.2f}", each["us_per_token"], each["times_memcpy"],
-         _ratio(each) if "ratio" in each else ""]
+        [*(each[key] for key in ("table_gib", "tokens")), f"{each['rows_per_s'] / 1e6:.2f}",
+         *(each[key] for key in ("us_per_token", "times_memcpy")), _ratio(each) if "ratio" in each else ""]
         for each in found if each["bench"] == "gather"
     ]  # fmt: skip
     head = ["table, GiB", "tokens a step", "M rows/s", "us per token", "x memcpy", "speed, mapped / private"]
