@@ -27,6 +27,9 @@ BATCH_KEYS = 4096
 PASSWORDS = ("MOERAY_KV_REDIS_PASSWORD", "MOERAY_REDIS_PASSWORD")
 TLS, SENTINEL, CLUSTER = "rediss", "redis+sentinel", "redis+cluster"
 
+ANSWERED_WRONGLY = (RedisError, OSError, ValueError, TypeError, AttributeError, LookupError)
+"""What the client raises: the last three where what answers is no Redis, which it does not expect."""
+
 
 def redis_password() -> str | None:
     """From the environment: the tier's own, else that of the cluster's Redis."""
@@ -111,11 +114,11 @@ class RedisBlocks:
         with self._saying():
             client = self._connected()
             blocks = sum(1 for _ in client.scan_iter(match=self._prefix + b"*", count=BATCH_KEYS))
-            memory = client.info("memory")
-        if isinstance(client, RedisCluster):  # node -> its own
-            budget = sum(int(each.get("maxmemory", 0)) for each in memory.values() if isinstance(each, dict))
-        else:
-            budget = int(memory.get("maxmemory", 0))
+            if isinstance(client, RedisCluster):  # node -> its own
+                memories = client.info("memory", target_nodes=RedisCluster.PRIMARIES).values()
+            else:
+                memories = [client.info("memory")]
+            budget = sum(int(memory["maxmemory"]) for memory in memories)
         return Usage(blocks, blocks * (HEADER_BYTES + self._block_bytes), budget)
 
     def flush(self) -> int:
@@ -150,7 +153,7 @@ class RedisBlocks:
     def _saying(self) -> Iterator[None]:
         try:
             yield
-        except (RedisError, OSError, ValueError) as error:
+        except ANSWERED_WRONGLY as error:
             raise StoreFailed(self._say(error)) from error
 
     def _say(self, error: Exception) -> str:
