@@ -145,7 +145,7 @@ def cluster(tmp_path: Path) -> Iterator[list[RedisServer]]:
             client.execute_command("CLUSTER", "MEET", LOOPBACK, nodes[0].url.rpartition(":")[2].partition("/")[0])
         for client in clients:
             eventually(lambda client=client: b"cluster_known_nodes:3" in client.execute_command("CLUSTER", "INFO"))  # type: ignore[misc]
-            eventually(lambda client=client: b"cluster_slots_ok:16384" in client.execute_command("CLUSTER", "INFO"))  # type: ignore[misc]
+            eventually(lambda client=client: b"cluster_state:ok" in client.execute_command("CLUSTER", "INFO"))  # type: ignore[misc]
             client.close()
         yield nodes
     finally:
