@@ -18,7 +18,7 @@ LOOPBACK = "127.0.0.1"
 
 def missing() -> str | None:
     """Why there can be none."""
-    return None if _binary() else f"none of {', '.join(SERVERS)} is installed"
+    return None if server_binary() else f"none of {', '.join(SERVERS)} is installed"
 
 
 def nobody() -> str:
@@ -37,7 +37,7 @@ class RedisServer:
 
     def start(self) -> None:
         """Returns when it answers."""
-        binary = _binary()
+        binary = server_binary()
         assert binary is not None, missing()
         options = {"bind": LOOPBACK, "port": self._port, "dir": self._folder, "appendonly": "yes", "save": ""}
         options |= {key.replace("_", "-"): value for key, value in self._options.items()}
@@ -63,7 +63,7 @@ class RedisServer:
             return False
 
 
-def _binary() -> str | None:
+def server_binary() -> str | None:
     """The system's, or the one that the development environment brings."""
     scripts = sysconfig.get_path("scripts")
     return next(

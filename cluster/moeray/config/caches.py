@@ -55,6 +55,10 @@ class KvCacheConfig:
             raise ValueError(
                 "kv_cache.redis_url: no user or password in a URL that is logged: set MOERAY_KV_REDIS_PASSWORD"
             )
+        if parts.query or parts.fragment:
+            raise ValueError("kv_cache.redis_url: no options behind ? or #: they could hold a password or a time-out")
+        if self.redis_ca_file and parts.scheme != "rediss":
+            raise ValueError(f"kv_cache.redis_ca_file is for rediss://, kv_cache.redis_url is {parts.scheme}://")
         return self
 
 

@@ -21,6 +21,7 @@ class Breaker:
         self._clock, self._lock = clock, threading.Lock()
         self._failures = 0
         self._rest_s = FIRST_REST_S
+        self._is_tried = False
         self._open_until: float | None = None
         self._reason = ""
 
@@ -40,22 +41,24 @@ class Breaker:
                 return True
             if self._clock() < self._open_until:
                 return False
-            self._open_until = self._clock() + self._rest_s
+            self._open_until, self._is_tried = self._clock() + self._rest_s, True
             return True
 
     def succeeded(self) -> None:
         with self._lock:
-            self._failures, self._rest_s, self._open_until = 0, FIRST_REST_S, None
+            self._failures, self._rest_s, self._open_until, self._is_tried = 0, FIRST_REST_S, None, False
 
     def failed(self, reason: str) -> bool:
-        """Whether this opened it."""
+        """Whether this opened it. While it is open, what began before it opened says nothing new."""
         with self._lock:
             self._failures += 1
             self._reason = reason
-            if self._open_until is not None:
-                self._rest_s = min(LONGEST_REST_S, 2 * self._rest_s)
-            elif self._failures < FAILURES:
-                return False
-            opened = self._open_until is None
-            self._open_until = self._clock() + self._rest_s
-            return opened
+            if self._open_until is None:
+                if self._failures < FAILURES:
+                    return False
+                self._open_until = self._clock() + self._rest_s
+                return True
+            if self._is_tried:
+                self._is_tried, self._rest_s = False, min(LONGEST_REST_S, 2 * self._rest_s)
+                self._open_until = self._clock() + self._rest_s
+            return False

@@ -2,7 +2,7 @@
 
 A file appears whole or not at all (written aside, then renamed), so a writer may die at any instant, and readers keep
 what they have opened while it is deleted. The budget is of the whole directory, whatever models its blocks are of: what
-was used longest ago goes first.
+was used longest ago goes first. Where the file system has less room than the budget, that is the budget.
 """
 
 from __future__ import annotations
@@ -25,9 +25,12 @@ MAKE_ROOM_SHARE = 0.1
 """Of the budget: so much more than needed is deleted at once, so that room is rarely made."""
 STALE_S = 60.0
 """A file aside that is older has lost its writer."""
-LOCK_S = 0.25
-"""Making room takes milliseconds."""
-_ASIDE, _TOTAL = ".new-", ".total"
+SPARE_SHARE, SPARE_BYTES = 0.05, 64 << 20
+"""Of the file system, at most so much: is left free for what else lies there and dies of a full one (a SIGBUS)."""
+LOCK_S = 2.0
+"""Making room takes milliseconds for thousands of blocks, a second for a hundred thousand."""
+OTHERS_MAY_WRITE = 0o022
+_BLOCK, _ASIDE, _TOTAL = ".kv", ".new-", ".total"
 
 
 def default_directory() -> Path:
@@ -53,10 +56,10 @@ class NodeBlocks:
     """See module docstring; implements `BlockStore`.
 
     Args:
-        directory: made with all its parents if it is not there; of this user, closed to others.
+        directory: made with all its parents if it is not there; of this user, nobody else may write to it.
         budget_bytes: of all files of the directory, of all processes.
     Raises:
-        StoreFailed: the directory cannot be made, or belongs to somebody else.
+        StoreFailed: the directory cannot be made, belongs to somebody else, or is open to others.
     """
 
     name = "node"
@@ -66,30 +69,34 @@ class NodeBlocks:
         self._directory, self._blocks = directory, directory / namespace
         self._block_bytes, self._budget_bytes = block_bytes, budget_bytes
         with self._saying("made"):
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            owner = directory.stat().st_uid
-            if owner != os.getuid():
-                raise StoreFailed(
-                    f"kv_cache.host_directory: {directory} belongs to user {owner}, this process is of {os.getuid()}"
-                )
-            self._blocks.mkdir(mode=0o700, exist_ok=True)
+            self._make()
 
     def has(self, names: Sequence[bytes]) -> list[bool]:
         return [os.path.exists(self._file(name)) for name in names]  # noqa: PTH110  a fifth of Path's time
 
     def load(self, names: Sequence[bytes]) -> Iterator[memoryview | None]:
         for name in names:
-            yield self._load(self._file(name))
+            yield self._load(name)
 
     def store(self, names: Sequence[bytes], blocks: Sequence[memoryview]) -> int:
-        new = [(name, block) for name, block, there in zip(names, blocks, self.has(names), strict=True) if not there]
+        there = self.has(names)
+        new = {name: block for name, block, is_there in zip(names, blocks, there, strict=True) if not is_there}
         if not new:
             return 0
         with self._saying("written to"):
-            self._reserve(len(new) * (HEADER_BYTES + self._block_bytes))
-            for name, block in new:
-                self._store(name, block)
-        return len(new)
+            asides = self._reserve(list(new))
+            try:
+                for (name, block), aside in zip(new.items(), asides, strict=False):
+                    self._write(aside, name, block)
+                with self._ledger():  # who counts meanwhile could miss what is renamed under his eyes
+                    for name, aside in zip(new, asides, strict=False):
+                        os.rename(aside, self._file(name))  # noqa: PTH104
+            except BaseException:
+                for aside in asides:
+                    with contextlib.suppress(OSError):
+                        os.unlink(aside)  # noqa: PTH108
+                raise
+        return len(asides)
 
     def touch(self, names: Sequence[bytes]) -> None:
         for name in names:
@@ -97,14 +104,17 @@ class NodeBlocks:
                 os.utime(self._file(name))
 
     def usage(self) -> Usage:
+        sizes = []
         with self._saying("read"):
-            sizes = [entry.stat().st_size for entry in os.scandir(self._blocks)]
+            for entry in self._entries(self._blocks):
+                with contextlib.suppress(FileNotFoundError):  # somebody made room
+                    sizes.append(entry.stat().st_size)
         return Usage(len(sizes), sum(sizes), self._budget_bytes)
 
     def flush(self) -> int:
         count = 0
         with self._saying("emptied"), self._ledger() as ledger:
-            for entry in os.scandir(self._blocks):
+            for entry in self._entries(self._blocks):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(entry.path)  # noqa: PTH108
                     count += 1
@@ -114,39 +124,50 @@ class NodeBlocks:
     def close(self) -> None:
         """Nothing is held."""
 
-    def _file(self, name: bytes) -> str:
-        return f"{self._blocks}/{name.hex()}"
+    def _make(self) -> None:
+        """What is not there: somebody may clear /dev/shm at any time, as systemd does when a user logs out."""
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        link, status = self._directory.lstat(), self._directory.stat()
+        if not link.st_uid == status.st_uid == os.getuid():
+            raise StoreFailed(
+                f"kv_cache.host_directory: {self.where} belongs to user {status.st_uid},"
+                f" this process is of {os.getuid()}"
+            )
+        if status.st_mode & OTHERS_MAY_WRITE:
+            raise StoreFailed(f"kv_cache.host_directory: others may write to {self.where}: chmod go-w {self.where}")
+        self._blocks.mkdir(mode=0o700, exist_ok=True)
 
-    def _load(self, file: str) -> memoryview | None:
+    def _file(self, name: bytes) -> str:
+        return f"{self._blocks}/{name.hex()}{_BLOCK}"
+
+    def _entries(self, folder: Path | str) -> Iterator[os.DirEntry[str]]:
+        """Of whole blocks. What else is there is not ours to delete."""
+        return (entry for entry in os.scandir(folder) if entry.name.endswith(_BLOCK))
+
+    def _load(self, name: bytes) -> memoryview | None:
+        file = self._file(name)
         try:
             with open(file, "rb", buffering=0) as stream:  # noqa: PTH123
                 stored = bytearray(HEADER_BYTES + self._block_bytes + 1)
                 size = stream.readinto(stored)
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             return None
         except OSError as error:
             raise StoreFailed(f"kv_cache.host_directory: {file} cannot be read: {error.strerror}") from error
-        block = unframed(memoryview(stored)[:size], self._block_bytes)
+        block = unframed(memoryview(stored)[:size], name, self._block_bytes)
         if block is None:
             with contextlib.suppress(OSError):
                 os.unlink(file)  # noqa: PTH108
         return block
 
-    def _store(self, name: bytes, block: memoryview) -> None:
-        aside = f"{self._blocks}/{_ASIDE}{os.getpid()}-{threading.get_ident()}-{name.hex()}"
+    def _write(self, aside: str, name: bytes, block: memoryview) -> None:
+        descriptor = os.open(aside, os.O_WRONLY)
         try:
-            descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            try:
-                written = os.writev(descriptor, [header(block), block])
-            finally:
-                os.close(descriptor)
-            if written != HEADER_BYTES + block.nbytes:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.rename(aside, self._file(name))  # noqa: PTH104
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(aside)  # noqa: PTH108
-            raise
+            written = os.writev(descriptor, [header(name, block), block])
+        finally:
+            os.close(descriptor)
+        if written != HEADER_BYTES + block.nbytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     @contextlib.contextmanager
     def _saying(self, what: str) -> Iterator[None]:
@@ -160,36 +181,64 @@ class NodeBlocks:
 
     # ---- the budget
 
-    def _reserve(self, more: int) -> None:
-        """Count `more` bytes in, deleting what was used longest ago where they do not fit.
+    def _reserve(self, names: Sequence[bytes]) -> list[str]:
+        """Files aside for as many of these as fit, deleting what was used longest ago.
 
-        What is counted and then not written (its writer died, another wrote the same block) is found when room is made:
-        then everything is counted anew.
+        They have their full length at once, so that whoever counts meanwhile counts them, too. What is counted and then
+        not written (its writer died, another wrote the same block) is found when room is made: then everything is
+        counted anew.
+
+        Raises:
+            StoreFailed: there is no room for a single one.
         """
+        size = HEADER_BYTES + self._block_bytes
+        more = size * len(names)
         with self._ledger() as ledger:
-            total = ledger.read()
-            if total is None or total + more > self._budget_bytes:
-                total = self._make_room(more)
-            ledger.write(total + more)
+            total, room = ledger.read(), self._budget_bytes
+            if total is None or total + more > room or more > self._free():
+                total, room = self._make_room(more)
+            num_fit = min(len(names), max(0, room - total) // size)
+            if not num_fit:
+                raise StoreFailed(
+                    f"kv_cache.host_bytes: a block of {size} bytes does not fit beside {total} in the {room} bytes that"
+                    f" may be used of {self.where}"
+                )
+            mine = f"{self._blocks}/{_ASIDE}{os.getpid()}-{threading.get_ident()}"
+            asides = [f"{mine}-{name.hex()}" for name in names[:num_fit]]
+            for aside in asides:
+                descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                os.ftruncate(descriptor, size)
+                os.close(descriptor)
+            ledger.write(total + size * num_fit)
+        return asides
 
-    def _make_room(self, more: int) -> int:
-        """Delete until `more` bytes fit, and some beyond; bytes that remain."""
+    def _free(self) -> int:
+        """Bytes that may still be taken of the file system; below zero if there is less than is to be spared."""
+        status = os.statvfs(self._directory)
+        spare = min(SPARE_BYTES, int(SPARE_SHARE * status.f_blocks * status.f_frsize))
+        return status.f_bavail * status.f_frsize - spare
+
+    def _make_room(self, more: int) -> tuple[int, int]:
+        """Delete until `more` bytes fit, and some beyond; bytes that remain, and how many there may be."""
         files = sorted(self._files())
         total = sum(size for _, size, _ in files)
-        if total + more <= self._budget_bytes:
-            return total
-        wanted = max(0, self._budget_bytes - more - int(MAKE_ROOM_SHARE * self._budget_bytes))
+        room = min(self._budget_bytes, total + self._free())
+        if total + more <= room:
+            return total, room
+        wanted = max(0, room - more - int(MAKE_ROOM_SHARE * room))
         for _, size, path in files:
             if total <= wanted:
                 break
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)  # noqa: PTH108
-            total -= size
-        return total
+            if path.endswith(_BLOCK):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)  # noqa: PTH108
+                total -= size
+        return total, room
 
     @contextlib.contextmanager
     def _ledger(self) -> Iterator[_Ledger]:
         """What the directory holds, for one process of the node at a time."""
+        self._make()
         descriptor = os.open(self._directory / _TOTAL, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             deadline = monotonic() + LOCK_S
@@ -208,15 +257,18 @@ class NodeBlocks:
             os.close(descriptor)
 
     def _files(self) -> list[tuple[float, int, str]]:
-        """(last use, bytes, path) of every block of every namespace; sweeps what lost its writer."""
+        """(last use, bytes, path) of every block of every namespace, written or aside; sweeps what lost its writer."""
         found = []
         for namespace in os.scandir(self._directory):
             if not namespace.is_dir(follow_symlinks=False):
                 continue
             for entry in os.scandir(namespace.path):
+                is_aside = entry.name.startswith(_ASIDE)
+                if not (is_aside or entry.name.endswith(_BLOCK)):
+                    continue  # not ours to delete
                 with contextlib.suppress(FileNotFoundError):
                     status = entry.stat()
-                    if entry.name.startswith(_ASIDE) and time() - status.st_mtime > STALE_S:
+                    if is_aside and time() - status.st_mtime > STALE_S:
                         os.unlink(entry.path)  # noqa: PTH108
                         continue
                     found.append((status.st_mtime, status.st_size, entry.path))

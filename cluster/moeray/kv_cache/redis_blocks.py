@@ -25,8 +25,10 @@ BATCH_BYTES = 4 << 20
 """Of one round trip."""
 BATCH_KEYS = 4096
 PASSWORDS = ("MOERAY_KV_REDIS_PASSWORD", "MOERAY_REDIS_PASSWORD")
-SENTINEL, CLUSTER = "redis+sentinel", "redis+cluster"
-SCHEMES = ("redis", "rediss", SENTINEL, CLUSTER)
+TLS, SENTINEL, CLUSTER = "rediss", "redis+sentinel", "redis+cluster"
+
+ANSWERED_WRONGLY = (RedisError, OSError, ValueError, TypeError, AttributeError, LookupError)
+"""What the client raises: the last three where what answers is no Redis, which it does not expect."""
 
 
 def redis_password() -> str | None:
@@ -66,7 +68,7 @@ class RedisBlocks:
             "password": password, "socket_timeout": timeout_s, "socket_connect_timeout": timeout_s,
             "retry": Retry(NoBackoff(), 0),
         }  # fmt: skip
-        if tls_ca_file:
+        if tls_ca_file and urlsplit(url).scheme == TLS:
             self._options["ssl_ca_certs"] = tls_ca_file
         self._client: Any = None
         self._connecting = threading.Lock()
@@ -80,14 +82,14 @@ class RedisBlocks:
 
     def load(self, names: Sequence[bytes]) -> Iterator[memoryview | None]:
         for first in range(0, len(names), self._batch):
-            keys = [self._prefix + name for name in names[first : first + self._batch]]
+            part = names[first : first + self._batch]
             damaged = []
-            for key, value in zip(keys, self._all([("GET", key) for key in keys]), strict=True):
+            for name, value in zip(part, self._all([("GET", self._prefix + name) for name in part]), strict=True):
                 is_foreign = isinstance(value, ResponseError) and str(value).startswith("WRONGTYPE")
                 stored = None if is_foreign else self._good(value)
-                block = None if stored is None else unframed(stored, self._block_bytes)
+                block = unframed(stored, name, self._block_bytes) if isinstance(stored, bytes) else None
                 if is_foreign or (stored is not None and block is None):
-                    damaged.append(key)
+                    damaged.append(self._prefix + name)
                 yield block
             if damaged:
                 self._all([("UNLINK", key) for key in damaged])
@@ -97,7 +99,7 @@ class RedisBlocks:
         for first in range(0, len(names), self._batch):
             part = slice(first, first + self._batch)
             sets = [
-                ("SET", self._prefix + name, b"".join((header(block), block)), "EX", self._ttl_s, "NX")
+                ("SET", self._prefix + name, b"".join((header(name, block), block)), "EX", self._ttl_s, "NX")
                 for name, block in zip(names[part], blocks[part], strict=True)
             ]
             kept += sum(bool(self._good(each)) for each in self._all(sets))
@@ -112,11 +114,11 @@ class RedisBlocks:
         with self._saying():
             client = self._connected()
             blocks = sum(1 for _ in client.scan_iter(match=self._prefix + b"*", count=BATCH_KEYS))
-            memory = client.info("memory")
-        if isinstance(client, RedisCluster):  # node -> its own
-            budget = sum(int(each.get("maxmemory", 0)) for each in memory.values() if isinstance(each, dict))
-        else:
-            budget = int(memory.get("maxmemory", 0))
+            if isinstance(client, RedisCluster):  # node -> its own
+                memories = list(client.info("memory", target_nodes=RedisCluster.PRIMARIES).values())
+            else:
+                memories = [client.info("memory")]
+            budget = sum(int(memory["maxmemory"]) for memory in memories)
         return Usage(blocks, blocks * (HEADER_BYTES + self._block_bytes), budget)
 
     def flush(self) -> int:
@@ -151,7 +153,7 @@ class RedisBlocks:
     def _saying(self) -> Iterator[None]:
         try:
             yield
-        except (RedisError, OSError, ValueError) as error:
+        except ANSWERED_WRONGLY as error:
             raise StoreFailed(self._say(error)) from error
 
     def _say(self, error: Exception) -> str:

@@ -6,7 +6,6 @@ have is decided before (`kv_connector.py`): a lookup only reads the request's `P
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -174,6 +173,7 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc, unused-ignore]
         for job_id, (future, _) in list(self._stores.items()):
             if future.done():
                 del self._stores[job_id]
+                self._check(future)
                 yield JobResult(job_id, future.exception() is None)
         for load in list(self._loads.values()):
             if load.future is not None and (load.future.done() or monotonic() > load.deadline):
@@ -211,6 +211,7 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc, unused-ignore]
                 self.counts.dropped_blocks += len(names) - first
                 self._failed(error)
                 raise
+        self.breaker.succeeded()
         self.counts.stored_blocks += kept
         return kept
 
@@ -222,6 +223,7 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc, unused-ignore]
                 for name, row, block in zip(names, rows, self.store.load(names), strict=True):
                     with load.lock:
                         if load.given_up:
+                            self._observe(first + len(names), load.started)  # or it would be tried again and again
                             return
                         if block is not None:
                             self._row(row)[:] = block
@@ -230,9 +232,14 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc, unused-ignore]
                 self._failed(error)
                 return
         self.breaker.succeeded()
-        self.cost.observe(len(load.names) * self.block_size_bytes, monotonic() - load.started)
-        with contextlib.suppress(StoreFailed):  # they are here already; the next call says what is wrong
-            self.store.touch(load.loaded)
+        self._observe(len(load.loaded), load.started)
+        if load.loaded:
+            self._storing.submit(self.store.touch, load.loaded)  # the fetch has ended: nobody waits for this
+
+    def _observe(self, num_blocks: int, started: float) -> None:
+        """What fetching so many blocks cost; of none there is nothing to learn."""
+        if num_blocks:
+            self.cost.observe(num_blocks * self.block_size_bytes, monotonic() - started)
 
     def _measure(self, names: list[bytes]) -> None:
         started = monotonic()
@@ -242,8 +249,7 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc, unused-ignore]
             self._failed(error)
             return
         self.breaker.succeeded()
-        if found:
-            self.cost.observe(found * self.block_size_bytes, monotonic() - started)
+        self._observe(found, started)
 
     # ---- what came of it
 
@@ -254,7 +260,10 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc, unused-ignore]
             load.given_up = not load.future.done()
             loaded: tuple[Any, ...] = tuple(load.loaded)
         self.last_fetch = monotonic()
-        if load.given_up:
+        if not load.given_up:
+            self._check(load.future)
+        else:
+            load.future.cancel()  # if it waits for another: it would only be in the way
             self.counts.given_up += 1
             self.breaker.failed(f"a fetch of {len(load.names)} blocks took longer than computing them")
         self.counts.fetched_blocks += len(loaded)
@@ -271,7 +280,14 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc, unused-ignore]
             len(loaded) * self.block_size_bytes,
         )
 
-    def _failed(self, error: StoreFailed) -> None:
+    def _check(self, future: Future[Any]) -> None:
+        """What no store should raise must not be silent, nor repeated for ever."""
+        error = future.exception()
+        if error is not None and not isinstance(error, StoreFailed):
+            logger.error("KV store %s: %r", self.kind, error, exc_info=error)
+            self._failed(error)
+
+    def _failed(self, error: BaseException) -> None:
         self.counts.failures += 1
         if self.breaker.failed(str(error)):
             logger.warning("KV store %s is not used for now: %s", self.kind, error)
