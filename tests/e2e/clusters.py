@@ -126,6 +126,8 @@ def cluster(
     config = dict(config or {})
     config["ingress"] = {"http_port": http, "grpc_port": grpc} | config.get("ingress", {})
     with tempfile.TemporaryDirectory(prefix="moeray-e2e-") as folder:
+        # The default is one directory for all clusters of a user: this one begins with nothing and leaves nothing.
+        config["kv_cache"] = {"host_directory": f"{folder}/kv"} | config.get("kv_cache", {})
         file = Path(folder) / "cluster.yaml"
         file.write_text(yaml.safe_dump(config))
         running = Cluster(env={**os.environ, "MOERAY_STATE_DIR": folder, **(env or {})})

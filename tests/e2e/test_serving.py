@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -50,6 +51,23 @@ def cores_of_threads(pid: int) -> set[int]:
     for task in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(OSError):  # it ended
             found |= os.sched_getaffinity(int(task.name))
+    return found
+
+
+def test_what_shards_share_is_counted_and_can_be_emptied(shared_cluster: Cluster) -> None:
+    prompt = "one two three four five six seven eight nine ten " * 60
+    status, _ = shared_cluster.post("/v1/completions", {"model": "moeray-tiny", "prompt": prompt, "max_tokens": 2})
+    assert status == 200
+    told = cache_stats(shared_cluster)
+    assert [each["blocks"] > 0 for each in told["stores"].values()] == [True]
+    assert set(told["shards"]) == {process["id"] for process in shared_cluster.processes("attention_shard")}
+    assert "blocks" in shared_cluster.moeray("cache", "stats").stdout
+    assert "blocks deleted" in shared_cluster.moeray("cache", "flush").stdout
+    assert sum(each["blocks"] for each in cache_stats(shared_cluster)["stores"].values()) == 0
+
+
+def cache_stats(cluster: Cluster) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(cluster.moeray("cache", "stats", "--json").stdout)
     return found
 
 

@@ -107,6 +107,7 @@ def _check_memory(config: ClusterConfig, directory: Path, checkpoint: Checkpoint
         + config.ingress.num_replicas * INGRESS_BYTES
         + num_shards * (SHARD_BYTES + workers_bytes + in_shard)
         + num_groups * GROUP_BYTES
+        + (num_shards * config.kv_cache.staging_bytes + config.kv_cache.host_bytes if config.kv_cache.is_on else 0)
         + in_groups
     )
     available = _available_bytes()

@@ -5,7 +5,9 @@ A shard whose experts are computed by vLLM itself (`ExpertsIn.VLLM`) is plain vL
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import fields
 from difflib import get_close_matches
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from moeray.config import ConfigError, KvCacheConfig
+from moeray.deepseek_v4.errors import CheckpointError
 from moeray.deepseek_v4.shape import UNCLAMPED_FAMILIES
 from moeray.vllm_hooks import plugin
 from moeray.vllm_hooks.kv_settings import HASH, model_content, transfer_config
@@ -26,7 +29,12 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
 
+logger = logging.getLogger(__name__)
+
 USER_KEY = "attention.engine_args"
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  where vLLM's staging regions are
+SPARED_SHARE = 2
+"""Of the staging region must be free there: other shards and the hop's channels take theirs, too."""
 WORKER_EXTENSION = "moeray.vllm_hooks.worker.WorkerExtension"
 EXECUTOR = "moeray.vllm_hooks.executor.ShardExecutor"
 LOAD_FORMAT = "moeray"
@@ -168,9 +176,21 @@ def _kv_tiers(
     stores = kv_cache if isinstance(kv_cache, KvCacheConfig) else KvCacheConfig(**kv_cache)
     if not stores.is_on:
         return {}
+    if (free := shutil.disk_usage(SHARED_MEMORY).free) < SPARED_SHARE * stores.staging_bytes:
+        logger.warning(
+            "KV blocks are not shared: %s has %d MiB left, kv_cache.staging_bytes is %d MiB; give it more (docker run "
+            "--shm-size, a medium of Memory), or less staging",
+            SHARED_MEMORY, free >> 20, stores.staging_bytes >> 20,
+        )  # fmt: skip
+        return {}
+    try:
+        weights = model_content(model.directory)
+    except CheckpointError as error:
+        logger.warning("KV blocks are not shared: what the weights are is not known: %s", error)
+        return {}
     algorithm = engine_args.get("prefix_caching_hash_algo", HASH)
     threads = os.environ.get("OMP_NUM_THREADS", "")  # bits of two thread counts differ
-    content = {"weights": model_content(model.directory), "threads": threads, "hash": algorithm}
+    content = {"weights": weights, "threads": threads, "hash": algorithm}
     if settings is not None:
         content["rows"] = settings.dispatch_format
     return {"kv_transfer_config": transfer_config(stores, content), "prefix_caching_hash_algo": algorithm}

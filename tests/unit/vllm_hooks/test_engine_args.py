@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from vllm.multimodal.media import MediaConnector
 
-from moeray.config import ConfigError
+from moeray.config import ConfigError, KvCacheConfig
 from moeray.tiny import checkpoint_path
 from moeray.vllm_hooks.engine_args import EXECUTOR, _defaults, engine_config, front_engine_args, shard_engine_args
 from moeray.vllm_hooks.front import front_dialect
@@ -244,3 +244,31 @@ class GPU:
 
     def is_rocm(self) -> bool:
         return False
+
+
+def test_a_shard_shares_its_blocks_and_the_front_has_none() -> None:
+    shared = shard_engine_args(model=V4, model_name="x", engine_args={}, moeray=SETTINGS, kv_cache=KvCacheConfig())
+    tiers = shared.kv_transfer_config.kv_connector_extra_config["secondary_tiers"]
+    assert [tier["type"] for tier in tiers] == ["NodeTier"] and shared.prefix_caching_hash_algo == "sha256_cbor"
+    both = KvCacheConfig(redis_url="redis://h:1/0")
+    found = shard_engine_args(model=V4, model_name="x", engine_args={}, moeray=SETTINGS, kv_cache=both)
+    tiers = found.kv_transfer_config.kv_connector_extra_config["secondary_tiers"]
+    assert [tier["type"] for tier in tiers] == ["NodeTier", "RedisTier"]
+    assert front_engine_args(model=V4, model_name="x", engine_args={}).kv_transfer_config is None
+
+
+@pytest.mark.parametrize("wanted", [{"enable_prefix_caching": False}, {"kv_transfer_config": {"kv_connector": "X"}}])
+def test_without_a_prefix_cache_or_with_a_connector_of_the_users_nothing_is_shared(wanted: dict[str, Any]) -> None:
+    found = shard_engine_args(model=V4, model_name="x", engine_args=wanted, moeray=SETTINGS, kv_cache=KvCacheConfig())
+    assert found.kv_transfer_config == wanted.get("kv_transfer_config")
+
+
+def test_weights_of_unknown_content_are_not_shared(llama: Path, caplog: pytest.LogCaptureFixture) -> None:
+    found = shard_engine_args(model=llama, model_name="x", engine_args={}, moeray=None, kv_cache=KvCacheConfig())
+    assert found.kv_transfer_config is None and "KV blocks are not shared" in caplog.text
+
+
+def test_too_little_shared_memory_shares_nothing_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    much = KvCacheConfig(staging_bytes=1 << 50)
+    found = shard_engine_args(model=V4, model_name="x", engine_args={}, moeray=SETTINGS, kv_cache=much)
+    assert found.kv_transfer_config is None and "/dev/shm" in caplog.text
