@@ -115,7 +115,7 @@ class RedisBlocks:
             client = self._connected()
             blocks = sum(1 for _ in client.scan_iter(match=self._prefix + b"*", count=BATCH_KEYS))
             if isinstance(client, RedisCluster):  # node -> its own
-                memories = client.info("memory", target_nodes=RedisCluster.PRIMARIES).values()
+                memories = list(client.info("memory", target_nodes=RedisCluster.PRIMARIES).values())
             else:
                 memories = [client.info("memory")]
             budget = sum(int(memory["maxmemory"]) for memory in memories)
