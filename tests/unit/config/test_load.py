@@ -52,6 +52,23 @@ def test_a_wrong_key_is_named_with_what_would_be_right(data: object, message: st
         parse_config(data)
 
 
+@pytest.mark.parametrize(
+    ("kv_cache", "message"),
+    [
+        ({"redis_url": "http://a:1"}, "kv_cache.redis_url: write one of redis, rediss"),
+        ({"redis_url": "redis://:hush@a:1/0"}, "kv_cache.redis_url: no user or password in a URL that is logged"),
+        ({"redis_url": "redis://a:1/0?password=hush"}, r"kv_cache.redis_url: no options behind \? or #"),
+        ({"redis_url": "redis://a:1/0", "redis_ca_file": "ca.pem"}, "kv_cache.redis_ca_file is for rediss://"),
+    ],
+)
+def test_a_url_of_the_kv_tier_that_cannot_be_right_is_refused_without_its_secrets(
+    kv_cache: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse_config({"kv_cache": kv_cache})
+    assert "hush" not in str(caught.value)
+
+
 def test_a_step_may_take_longer_than_a_hung_group_is_waited_for() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config({"health": {"step_s": 50}, "transport": {"timeout_s": 30}})

@@ -177,7 +177,9 @@ def test_a_process_that_is_stopped_while_it_makes_room_holds_up_nobody_who_loads
     monkeypatch.setattr(module, "LOCK_S", 0.2)
     store, names = opened(tmp_path), names_of(4)
     store.store(names[:2], blocks_of(names[:2]))
-    holder = subprocess.Popen(["flock", str(tmp_path / ".total"), "sh", "-c", "echo; exec sleep 600"], stdout=-1)
+    holder = subprocess.Popen(
+        ["flock", "--no-fork", str(tmp_path / ".total"), "sh", "-c", "echo; exec sleep 600"], stdout=-1
+    )
     try:
         assert holder.stdout is not None
         holder.stdout.read(1)
@@ -191,7 +193,6 @@ def test_a_process_that_is_stopped_while_it_makes_room_holds_up_nobody_who_loads
     finally:
         holder.kill()
         holder.wait(WAIT_S)
-    subprocess.run(["fuser", "-k", str(tmp_path / ".total")], check=False, capture_output=True)
     assert store.store(names[2:], blocks_of(names[2:])) == 2
 
 
