@@ -110,15 +110,18 @@ def test_a_wrong_password_is_named(tables: TableSet, server: RedisServer, has_fi
     rows.close()
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "grown", "another type"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "grown", "another type", "of another key"])
 def test_a_value_that_is_not_as_it_was_stored_is_not_there(
     tables: TableSet, server: RedisServer, has_file: bool, damage: str
 ) -> None:
     rows = RedisRows(pages_in(server, tables), hot_bytes=HOT_BYTES, has_file=has_file)
     client = Redis.from_url(server.url)
-    for key in list(client.scan_iter()):
-        value = bytearray(client.get(key))
-        value[len(value) // 2] ^= 1
+    stored = {key: client.get(key) for key in client.scan_iter()}
+    before = dict(zip(stored, [list(stored.values())[-1], *stored.values()], strict=False))
+    for key in stored:
+        value = bytearray(before[key] if damage == "of another key" else stored[key])
+        if damage != "of another key":
+            value[len(value) // 2] ^= 1
         if damage == "another type":
             client.delete(key)
             client.rpush(key, bytes(value))

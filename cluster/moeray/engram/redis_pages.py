@@ -88,7 +88,7 @@ class RedisPages:
             with self._saying():
                 pipeline = self._client.pipeline(transaction=False)
                 for key, page in zip(self._keys(layer, part), pages, strict=True):
-                    pipeline.set(key, b"".join((header(page.data), page.data)))
+                    pipeline.set(key, b"".join((header(key, page.data), page.data)))
                 pipeline.execute()
 
     def fill(self, progress: Callable[[int, int], None]) -> None:
@@ -124,10 +124,12 @@ class RedisPages:
 
     def _pages(self, layer: int, pages_P: IntArray) -> tuple[list[bool], Bytes]:
         """Which are there, and the bytes of those."""
-        page_bytes = self._page_bytes(layer)
+        page_bytes, keys = self._page_bytes(layer), self._keys(layer, pages_P)
         with self._saying():
-            stored = self._client.mget(self._keys(layer, pages_P))
-        pages = [None if each is None else unframed(each, page_bytes) for each in stored]
+            stored = self._client.mget(keys)
+        pages = [
+            None if each is None else unframed(each, key, page_bytes) for key, each in zip(keys, stored, strict=True)
+        ]
         data = np.frombuffer(b"".join(page for page in pages if page is not None), dtype=np.uint8)
         return [page is not None for page in pages], data.reshape(-1, page_bytes)
 
