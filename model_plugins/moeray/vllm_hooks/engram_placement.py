@@ -13,7 +13,7 @@ from moeray.engram import EngramRows, LocalTables, RowFile, Table, TableFiles, T
 from moeray.vllm_hooks.settings import ShardSettings
 
 ROWS_PER_KEY = 8
-"""Of a Redis: one by one, rows take half as much memory again; 64 together, seven times the bytes on the way."""
+"""Of a Redis: one by one, rows take half as much memory again; 64 together are eight times the bytes on the way."""
 
 
 def engram_tables(checkpoint: Checkpoint, layout: EngramLayout) -> TableSet:
