@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +44,14 @@ class InProcessEngine:
 
 
 @contextmanager
-def in_process_engine(checkpoint: Path, *, num_groups: int = 2, **engine_args: Any) -> Iterator[InProcessEngine]:
-    """Start an engine with every expert behind the local transport in `num_groups` slices; shut it down at the end."""
+def in_process_engine(
+    checkpoint: Path, *, num_groups: int = 2, settings: Mapping[str, Any] | None = None, **engine_args: Any
+) -> Iterator[InProcessEngine]:
+    """Start an engine with every expert behind the local transport in `num_groups` slices; shut it down at the end.
+
+    Args:
+        settings: further ones of the shard.
+    """
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.executor.abstract import Executor
@@ -61,7 +67,7 @@ def in_process_engine(checkpoint: Path, *, num_groups: int = 2, **engine_args: A
             "max_model_len": MAX_MODEL_LEN,
             **engine_args,
         },
-        moeray=ShardSettings(shard="s0", backend="local", checkpoint=checkpoint),
+        moeray=ShardSettings(shard="s0", backend="local", checkpoint=checkpoint, **(settings or {})),
     )
     config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
     engine = LLMEngine(config, Executor.get_class(config), log_stats=False, multiprocess_mode=False)

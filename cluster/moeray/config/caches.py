@@ -10,8 +10,9 @@ from pydantic.dataclasses import dataclass
 
 from moeray.config.fields import FROM_FILE, Count, CountOrZero
 
-EngramPlacement = Literal["host", "device"]
+EngramPlacement = Literal["host", "device", "redis"]
 KV_REDIS_SCHEMES = ("redis", "rediss", "redis+sentinel", "redis+cluster")
+ENGRAM_REDIS_SCHEMES = ("redis", "rediss")
 
 
 @dataclass(frozen=True, config=FROM_FILE)
@@ -68,9 +69,36 @@ class EngramConfig:
 
     Attributes:
         placement: host: the checkpoint's files, mapped by every shard of a node, one copy in its memory; device: a copy
-            in each shard's own memory, for small tables.
+            in each shard's own memory, for small tables; redis: pages of rows in a Redis, behind a cache of hot rows in
+            each shard. What Redis does not bring in time, or not as it was stored, is read from the checkpoint's files
+            and put there.
         prefault: bring mapped tables into memory before a shard serves, so that no request waits for the disk.
+        redis_url: redis://host:port/database, or rediss:// (TLS), without a password (MOERAY_KV_REDIS_PASSWORD, else
+            MOERAY_REDIS_PASSWORD). It takes as much memory as the tables, and may drop what it likes.
+        redis_ca_file: PEM of the authority of rediss://; empty: the system's.
+        redis_hot_bytes: of each shard's memory for its hot rows.
+        redis_timeout_s: Redis is given up when it says nothing for so long, and left alone when that repeats.
     """
 
     placement: EngramPlacement = "host"
     prefault: Annotated[bool, Field(strict=True)] = True
+    redis_url: str = ""
+    redis_ca_file: str = ""
+    redis_hot_bytes: Count = 256 << 20
+    redis_timeout_s: Annotated[float, Field(gt=0, le=60, allow_inf_nan=False)] = 0.25
+
+    @model_validator(mode="after")
+    def _check_redis(self) -> Self:
+        if (self.placement == "redis") is not bool(self.redis_url):
+            raise ValueError(
+                f"engram.placement is {self.placement}, engram.redis_url is {self.redis_url or 'empty'}: "
+                "`redis` needs a URL, and no other placement takes one"
+            )
+        if not self.redis_url:
+            return self
+        parts = urlsplit(self.redis_url)
+        if parts.scheme not in ENGRAM_REDIS_SCHEMES or not parts.netloc:
+            raise ValueError(f"engram.redis_url: write one of {', '.join(ENGRAM_REDIS_SCHEMES)}, then ://host:port")
+        if "@" in parts.netloc:
+            raise ValueError("engram.redis_url: no user or password in a URL that is logged: set MOERAY_REDIS_PASSWORD")
+        return self

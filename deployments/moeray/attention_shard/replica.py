@@ -302,5 +302,6 @@ def _shard_settings(config: ClusterConfig, directory: Path, index: int, spin_s: 
         spin_s=spin_s,
         micro_batches=config.attention.micro_batches,
         engram=config.engram.placement,
+        engram_redis=config.engram,
         tls=config.cluster_tls,
     )

@@ -114,7 +114,7 @@ def _check_memory(config: ClusterConfig, directory: Path, checkpoint: Checkpoint
     tables = 0 if checkpoint is None else sum(each.num_bytes for each in table_ranges(checkpoint.tensors))
     if config.engram.placement == "device":
         needed += num_shards * tables
-    elif config.engram.prefault and needed + tables > available > needed:
+    elif config.engram.placement == "host" and config.engram.prefault and needed + tables > available > needed:
         raise CommandError(
             f"engram.prefault: {_gib(tables)} GiB of Engram tables do not fit: {_gib(available)} GiB are free, about "
             f"{_gib(needed)} GiB are needed beside them. Write `engram: {{prefault: false}}` to read rows from disk "

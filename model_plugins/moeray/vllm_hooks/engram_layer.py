@@ -18,7 +18,8 @@ from moeray.deepseek_v4.checkpoint import Checkpoint
 from moeray.deepseek_v4.engram import EngramError, EngramLayout, NgramHash, add_gated_value, build_token_map
 from moeray.deepseek_v4.engram_table import EngramTable, table_name
 from moeray.deepseek_v4.errors import CheckpointError
-from moeray.engram import AskedRows, EngramRows, LocalTables, StoredRows, Table
+from moeray.engram import AskedRows, EngramRows, StoredRows, Table
+from moeray.vllm_hooks.engram_placement import open_rows
 from moeray.vllm_hooks.settings import shard_settings
 
 _TOKENIZER_FILE = "tokenizer.json"
@@ -77,9 +78,7 @@ class EngramStep:
             layer.engram = EngramLayer(config, layout, table, f"model.layers.{layer_id}.engram")
             layer.register_forward_pre_hook(self._hook(index))
             tables.append(table.bytes)
-        settings = shard_settings(vllm_config)
-        is_copied = settings is not None and settings.engram == "device"
-        self.rows: EngramRows = LocalTables([table.copied() for table in tables] if is_copied else tables)
+        self.rows: EngramRows = open_rows(shard_settings(vllm_config), checkpoint, layout, tables)
 
     def begin(self, input_ids_T: Tensor, starts_R1: Tensor, lookback_RB: Tensor) -> None:
         """Ask for the rows of the coming forward pass (arguments as of `NgramHash.rows`); nobody waits for them yet."""

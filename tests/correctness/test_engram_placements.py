@@ -1,0 +1,50 @@
+"""Wherever Engram rows lie, an engine computes the same numbers, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis_server
+import torch
+from engines import in_process_engine
+from redis import Redis
+from redis_server import RedisServer
+
+from moeray.config import EngramConfig
+from moeray.deepseek_v4.source import locate
+from moeray.vllm_hooks.settings import ShardSettings
+
+PROMPT = [(7 * index) % 400 + 3 for index in range(600)]  # more than one chunk
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[RedisServer]:
+    if redis_server.missing():
+        pytest.skip(str(redis_server.missing()))
+    server = RedisServer(tmp_path)
+    server.start()
+    yield server
+    server.kill()
+
+
+def test_settings_of_rows_in_redis_arrive_in_the_engine() -> None:
+    config = EngramConfig("redis", redis_url="redis://127.0.0.1:1/0", redis_hot_bytes=5, redis_timeout_s=2.0)
+    settings = ShardSettings(backend="local", checkpoint=Path("/x"), engram="redis", engram_redis=config)
+    assert ShardSettings.from_json(settings.to_json()) == settings
+
+
+def test_an_engine_with_its_rows_in_redis_says_the_same_also_when_redis_is_gone(server: RedisServer) -> None:
+    model = locate("moeray-tiny")
+    with in_process_engine(model) as engine:
+        want = engine.teacher_forced(PROMPT)
+    redis = EngramConfig("redis", redis_url=server.url, redis_hot_bytes=1)
+    with in_process_engine(model, settings={"engram": "redis", "engram_redis": redis}) as engine:
+        client = Redis.from_url(server.url)
+        for _ in range(2):  # from the file, then from what was put there
+            assert torch.equal(engine.teacher_forced(PROMPT).chosen_T, want.chosen_T)
+        assert client.dbsize() > 0
+        assert client.info("commandstats")["cmdstat_mget"]["calls"] > 2
+        server.kill()
+        assert torch.equal(engine.teacher_forced(PROMPT).chosen_T, want.chosen_T)
