@@ -8,7 +8,7 @@ costs is learned from the steps themselves.
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
@@ -25,6 +25,8 @@ from moeray.vllm_hooks.kv_tiers import Plan, StoreTier
 
 logger = logging.getLogger(__name__)
 
+AT_ONCE_S = 0.002
+"""The scheduler itself waits so long: most stores have answered by then, and nobody waits for another step."""
 PROBE_S = 0.25
 """A prompt waits so long at most to hear what the stores have; then it is computed."""
 LEAST_FETCH_S = 0.05
@@ -64,7 +66,8 @@ class KvTierConnector(OffloadingConnector):  # type: ignore[misc, unused-ignore]
         self._told: dict[str, Any] = tiers[0]["kv_cache"]
         self._probing = ThreadPoolExecutor(1, "kv-probe")
         self._prompts: dict[str, _Prompt] = {}
-        self._step: tuple[float, list[tuple[int, int]]] | None = None
+        self._steps: deque[tuple[float, list[tuple[int, int]]]] = deque()
+        self._last_end = 0.0
         self._keep_windows_of_answers()
         scheduler_connectors.append(self)
 
@@ -86,6 +89,7 @@ class KvTierConnector(OffloadingConnector):  # type: ignore[misc, unused-ignore]
         prompt = self._prompts.get(request.request_id)
         if prompt is None:
             prompt = self._begin(request, status, num_computed_tokens)
+            wait([prompt.probing], AT_ONCE_S)
         if prompt.chosen is None:
             if not prompt.probing.done() and monotonic() < prompt.deadline:
                 return None, False
@@ -112,16 +116,19 @@ class KvTierConnector(OffloadingConnector):  # type: ignore[misc, unused-ignore]
         cached = scheduler_output.scheduled_cached_reqs
         spans.extend(zip(cached.num_computed_tokens, cached.req_ids, strict=True))
         sizes = scheduler_output.num_scheduled_tokens
-        if not sizes:
+        if sizes:
+            self._steps.append((monotonic(), [(start, start + sizes[name]) for start, name in spans if name in sizes]))
+        else:
             self._rest()
-        self._step = monotonic(), [(start, start + sizes[name]) for start, name in spans if name in sizes]
         return super().build_connector_meta(scheduler_output)
 
     def update_connector_output(self, connector_output: Any) -> None:
-        if self._step is not None:
-            (started, spans), self._step = self._step, None
+        if self._steps:  # where vLLM schedules ahead, a step begins when the one before it ends
+            started, spans = self._steps.popleft()
+            now, began = monotonic(), max(started, self._last_end)
+            self._last_end = now
             if any(end - start > 1 for start, end in spans):
-                self.cost.observe(spans, monotonic() - started)
+                self.cost.observe(spans, now - began)
         super().update_connector_output(connector_output)
 
     def report(self) -> dict[str, Any]:
