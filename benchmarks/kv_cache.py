@@ -224,12 +224,14 @@ def steady(url: str, folder: str, core: int, effort: Effort) -> list[records.Rec
             engine.ask("decode", 2, 10)
         found = []
         for batch in BATCHES:
-            pairs = [
-                [engine.ask("decode", batch, DECODE_STEPS) for engine in engines] for _ in range(2 * effort.rounds)
-            ]
+            pairs = []
+            for number in range(2 * effort.rounds):
+                turns = engines if number % 2 else engines[::-1]
+                speeds = {engine: engine.ask("decode", batch, DECODE_STEPS) for engine in turns}
+                pairs.append([speeds[engine] for engine in engines])
             ratios = [with_stores / without for with_stores, without in pairs]
-            speeds = {"tokens_per_s": round(statistics.median(each for each, _ in pairs))}
-            found.append({"bench": "decode", "batch": batch, **speeds, **records.spread(ratios)})
+            speed = {"tokens_per_s": round(statistics.median(each for each, _ in pairs))}
+            found.append({"bench": "decode", "batch": batch, **speed, **records.spread(ratios)})
         return found
     finally:
         for engine in engines:
