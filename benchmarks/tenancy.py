@@ -123,7 +123,7 @@ async def of_quotas(name: str, store: QuotaStore, count: int) -> list[Record]:
 
 
 async def of_redis(folder: Path) -> list[Record]:
-    server = RedisServer(folder)
+    server = RedisServer(folder, appendfsync="everysec")
     server.start()
     client = connect_async(server.url, None, timeout_s=60.0)
     try:

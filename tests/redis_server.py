@@ -40,6 +40,8 @@ class RedisServer:
         binary = server_binary()
         assert binary is not None, missing()
         options = {"bind": LOOPBACK, "port": self._port, "dir": self._folder, "appendonly": "yes", "save": ""}
+        # "everysec" answers up to 2 s before it writes where the disk is slow: a kill loses what was acknowledged.
+        options["appendfsync"] = "always"
         options |= {key.replace("_", "-"): value for key, value in self._options.items()}
         command = [word for key, value in options.items() for word in (f"--{key}", str(value))]
         self.process = subprocess.Popen([binary, *command], stdout=subprocess.DEVNULL)

@@ -184,7 +184,7 @@ async def test_tenants_without_such_limits_need_no_store() -> None:
 
 
 async def test_redis_is_killed_and_comes_back(tmp_path: Path) -> None:
-    server = RedisServer(tmp_path, appendfsync="always")
+    server = RedisServer(tmp_path)
     server.start()
     client = connect_async(server.url, None, timeout_s=10.0)
     now_s = 0.0
