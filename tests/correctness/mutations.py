@@ -336,7 +336,7 @@ MUTATIONS = (
     ),
     Mutation(
         "files that change under a load are taken for what was loaded", CHECKPOINT,
-        "            _require_unchanged(weight_file)\n", "            pass\n",
+        "        _require_unchanged(weight_file)\n", "        pass\n",
         "tests/unit/deepseek_v4/test_checkpoint.py::test_the_fingerprint_is_of_what_was_opened_or_an_error",
     ),
     # --- kernels that vLLM lacks on CPU
