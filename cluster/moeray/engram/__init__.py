@@ -3,7 +3,7 @@
 from moeray.engram.mapped import FileRange, LocalTables, Table, prefault
 from moeray.engram.patient_rows import PatientRows
 from moeray.engram.rows import AskedRows, EngramRows, IntArray, RowsUnavailable, StoredRows
-from moeray.engram.shares import Shares
+from moeray.engram.shares import Shares, shares_without
 from moeray.engram.tables import RowFile, TableFiles, TableSet
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "TableFiles",
     "TableSet",
     "prefault",
+    "shares_without",
 ]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from time import monotonic, sleep
 
-from moeray.engram.rows import AskedRows, EngramRows, IntArray, RowsUnavailable, StoredRows
+from moeray.engram.rows import AskedRows, IntArray, RowsUnavailable, StoredRows
+from moeray.engram.served_rows import ServedRows
 
 logger = logging.getLogger(__name__)
 
@@ -16,13 +17,21 @@ OnWaiting = Callable[[bool], None]
 
 
 class PatientRows:
-    """Rows of another placement; what is unavailable is asked for again, for `wait_s` at most. See `EngramRows`."""
+    """Rows of row servers; what is unavailable is asked for again, for `wait_s` at most. See `EngramRows`.
 
-    def __init__(self, rows: EngramRows, wait_s: float, on_waiting: OnWaiting = lambda _: None) -> None:
-        self._rows, self._wait_s, self._on_waiting = rows, wait_s, on_waiting
+    Attributes:
+        on_waiting: told when a call waits; may be set at any time.
+    """
+
+    def __init__(self, rows: ServedRows, wait_s: float, on_waiting: OnWaiting = lambda _: None) -> None:
+        self._rows, self._wait_s, self.on_waiting = rows, wait_s, on_waiting
+
+    def move(self, addresses: Mapping[int, str]) -> None:
+        """Where the servers are from now on; from any thread."""
+        self._rows.move(addresses)
 
     def ask(self, rows_LTC: IntArray) -> _PatientAsk:
-        return _PatientAsk(self._rows, rows_LTC, self._wait_s, self._on_waiting)
+        return _PatientAsk(self._rows, rows_LTC, self._wait_s, self.on_waiting)
 
     def prefetch(self, rows_LTC: IntArray) -> None:
         self._rows.prefetch(rows_LTC)
@@ -32,7 +41,7 @@ class PatientRows:
 
 
 class _PatientAsk:
-    def __init__(self, rows: EngramRows, rows_LTC: IntArray, wait_s: float, on_waiting: OnWaiting) -> None:
+    def __init__(self, rows: ServedRows, rows_LTC: IntArray, wait_s: float, on_waiting: OnWaiting) -> None:
         self._rows, self._rows_LTC, self._wait_s, self._on_waiting = rows, rows_LTC, wait_s, on_waiting
         self._asked: AskedRows = rows.ask(rows_LTC)
 

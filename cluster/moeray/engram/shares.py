@@ -6,7 +6,19 @@ counted around, so that the loss of one server falls on its neighbours and not a
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+
+
+def holders_of(share: int, num_servers: int, copies: int) -> tuple[int, ...]:
+    """Servers that hold a share, the one that is asked first at the front."""
+    return tuple((share + copy) % num_servers for copy in range(copies))
+
+
+def shares_without(servers: Collection[int], num_servers: int, copies: int) -> tuple[int, ...]:
+    """Those that none of these servers holds."""
+    shares = range(num_servers)
+    return tuple(share for share in shares if not any(s in servers for s in holders_of(share, num_servers, copies)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +47,8 @@ class Shares:
         return range(first, stop)
 
     def holders(self, share: int) -> tuple[int, ...]:
-        """Servers that hold it, the one that is asked first at the front."""
-        return tuple((share + copy) % self.num_servers for copy in range(self.copies))
+        """See `holders_of`."""
+        return holders_of(share, self.num_servers, self.copies)
 
     def held_by(self, server: int) -> tuple[int, ...]:
         """Shares of a server, ascending."""

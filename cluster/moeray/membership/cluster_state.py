@@ -105,11 +105,8 @@ class ClusterState:
             lost=frozenset(m.id for m in self.members.values() if m.role is Role.EXPERT_GROUP and m.given_up),
             draining=frozenset(m.id for m in self.members.values() if m.state is MemberState.DRAINING),
             may_leave=self.may_leave(),
-            shards={
-                member.id: member.address
-                for member in self.members.values()
-                if member.role is Role.ATTENTION_SHARD and member.state is MemberState.READY
-            },
+            shards={member.id: member.address for member in self._ready(Role.ATTENTION_SHARD)},
+            row_servers={member.index: member.address for member in self._ready(Role.ENGRAM_SERVER)},
             mismatches=self.mismatches(),
         )
 
@@ -183,8 +180,10 @@ class ClusterState:
 
     def _ready_groups(self) -> list[Member]:
         """In group order."""
-        groups = [member for member in self.members.values() if member.role is Role.EXPERT_GROUP]
-        return sorted((g for g in groups if g.state is MemberState.READY), key=lambda member: member.index)
+        return sorted(self._ready(Role.EXPERT_GROUP), key=lambda member: member.index)
+
+    def _ready(self, role: Role) -> list[Member]:
+        return [each for each in self.members.values() if each.role is role and each.state is MemberState.READY]
 
     def _loaded_shards(self) -> list[Member]:
         """By number; draining ones are on their way out and have no say."""

@@ -12,6 +12,7 @@ class Role(StrEnum):
     INGRESS = "ingress"
     ATTENTION_SHARD = "attention_shard"
     EXPERT_GROUP = "expert_group"
+    ENGRAM_SERVER = "engram_server"
     CONTROLLER = "controller"
 
 

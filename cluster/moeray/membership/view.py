@@ -26,6 +26,7 @@ class View:
         draining: members that take nothing new and are to go, by themselves or because they were told to.
         may_leave: draining expert groups that no living shard needs any more.
         shards: ready attention shards, id -> relay address.
+        row_servers: ready Engram row servers, number -> address.
         mismatches: id -> how a member's model differs from the others'; such a member takes no part.
     """
 
@@ -44,4 +45,5 @@ class View:
     draining: frozenset[str]
     may_leave: frozenset[str]
     shards: Mapping[str, str]
+    row_servers: Mapping[int, str]
     mismatches: Mapping[str, str]

@@ -9,11 +9,11 @@ import torch
 
 from moeray.deepseek_v4.checkpoint import Checkpoint
 from moeray.deepseek_v4.engram import EngramLayout
+from moeray.deepseek_v4.engram_files import engram_tables
 from moeray.deepseek_v4.engram_table import EngramTable, table_name
 from moeray.deepseek_v4.source import locate
 from moeray.engram import Shares, StoredRows
 from moeray.engram.held_rows import HeldRows
-from moeray.vllm_hooks.engram_placement import engram_tables
 
 
 def test_what_row_servers_hold_are_the_rows_of_the_checkpoints_tables() -> None:

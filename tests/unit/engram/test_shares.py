@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeray.engram import Shares
+from moeray.engram import Shares, shares_without
 
 
 @st.composite
@@ -37,6 +37,14 @@ def test_servers_hold_alike_and_are_asked_alike(shares: Shares) -> None:
     assert max(sizes) - min(sizes) <= 1
     assert {len(shares.held_by(server)) for server in range(shares.num_servers)} == {shares.copies}
     assert sorted(shares.holders(share)[0] for share in range(shares.num_servers)) == list(range(shares.num_servers))
+
+
+@given(some_shares(), st.data())
+def test_shares_are_lacking_as_long_as_nobody_holds_them(shares: Shares, data: st.DataObject) -> None:
+    there = data.draw(st.sets(st.integers(0, shares.num_servers - 1)))
+    held = {share for server in there for share in shares.held_by(server)}
+    lacking = shares_without(there, shares.num_servers, shares.copies)
+    assert set(lacking) == set(range(shares.num_servers)) - held
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def view(
         epoch=epoch, version=version, generation=generation, groups=groups, addresses=("x:1",) * len(groups),
         is_complete=True, is_covered=True, missing=(), proposed=proposed, proposed_groups=proposed_groups,
         oldest=generation if oldest is None else oldest, lost=frozenset(), draining=frozenset(), may_leave=frozenset(),
-        shards={}, mismatches={},
+        shards={}, row_servers={}, mismatches={},
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ MODEL = "moeray-tiny"
 EMPTY = View(
     epoch=1, version=1, generation=0, groups=(), addresses=(), is_complete=False, is_covered=False, missing=(),
     proposed=0, proposed_groups=(), oldest=0, lost=frozenset(), draining=frozenset(), may_leave=frozenset(),
-    shards={}, mismatches={},
+    shards={}, row_servers={}, mismatches={},
 )  # fmt: skip
 
 

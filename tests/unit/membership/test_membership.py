@@ -225,3 +225,16 @@ def test_a_better_placement_of_the_same_groups_is_proposed_unless_the_state_has_
         prepared(mirrored).propose_placement(placement, based_on=2)
     with pytest.raises(MembershipError, match="for 2 groups, but there are 3"):
         formed(3).propose_placement(placement, based_on=1)
+
+
+def test_row_servers_that_serve_are_told_with_their_numbers_and_nothing_else_changes() -> None:
+    state = before = formed(1)
+    for id in ("r0", "r1"):
+        state = state.join(id=id, role=Role.ENGRAM_SERVER, pid=1, node="n")
+    state = state.ready("r1", "host:r1")
+    assert dict(state.view().row_servers) == {1: "host:r1"}
+    state = state.ready("r0", "host:r0").drain("r1")
+    assert dict(state.view().row_servers) == {0: "host:r0"}
+    again = state.lose("r0", "killed").join(id="r2", role=Role.ENGRAM_SERVER, pid=2, node="n").ready("r2", "host:r2")
+    assert dict(again.view().row_servers) == {0: "host:r2"}
+    assert of(later(again, 1000.0)) == of(before)
