@@ -18,6 +18,7 @@ from moeray.config import (
     POOL_LABEL,
     AttentionConfig,
     ClusterConfig,
+    EngramConfig,
     ExpertsConfig,
     IngressConfig,
     load_config,
@@ -25,13 +26,16 @@ from moeray.config import (
 )
 from moeray.controller.settings import controller_settings
 from moeray.deepseek_v4.checkpoint import Checkpoint
-from moeray.deepseek_v4.shape import ModelShape
 from moeray.deepseek_v4.source import locate
+from moeray.engram_server.replica import EngramServer
+from moeray.engram_server.topology import check_row_servers
 from moeray.expert_group.replica import ExpertGroup
 from moeray.ingress.replica import Ingress
-from moeray.vllm_hooks.served_model import ExpertsIn, ServedModel, describe_model, experts_in
+from moeray.vllm_hooks.served_model import ExpertsIn, describe_model, experts_in
 
 APP_NAME = "moeray"
+Asks = AttentionConfig | ExpertsConfig | EngramConfig | IngressConfig
+"""What a pool asks of its nodes is in its part of the configuration."""
 
 DRAIN_S = 150.0
 """What Serve leaves a replica that it stops: a group until the others have its experts, a shard for its requests. Those
@@ -41,7 +45,7 @@ INGRESS_STOP_S = 20.0
 
 
 def build(config: ClusterConfig | Mapping[str, Any] | str | None = None) -> Application:
-    """Wire controller, expert groups, attention shards and ingress of one cluster.
+    """Wire controller, expert groups, attention shards, Engram row servers and ingress of one cluster.
 
     Args:
         config: a checked configuration, the mapping of a cluster.yaml, a path to one, or None for the defaults.
@@ -50,21 +54,23 @@ def build(config: ClusterConfig | Mapping[str, Any] | str | None = None) -> Appl
     """
     config = _checked(config)
     directory = locate(config.model)
-    settings = controller_settings(config, _shape(config, directory))
+    described = describe_model(directory)
+    checkpoint = None if experts_in(config, described) is ExpertsIn.VLLM else Checkpoint.open(directory)
+    settings = controller_settings(config, described if checkpoint is None else checkpoint.shape)
+    check_row_servers(config, checkpoint)
     # A directory is the same path on every node; a bundled model or a hub id is found by each node for itself.
     model = str(directory) if Path(config.model).expanduser().is_dir() else config.model
     arguments = (config, model, settings)
-    attention, experts, ingress = config.attention, config.experts, config.ingress
+    attention, experts, engram, ingress = config.attention, config.experts, config.engram, config.ingress
     pools = [_pool(AttentionShard, "attention", attention.num_shards, attention).bind(*arguments)]
     if settings.num_groups:
         pools.append(_pool(ExpertGroup, "experts", experts.num_groups, experts).bind(*arguments))
+    if engram.num_servers:
+        servers = _pool(EngramServer, "engram", engram.num_servers, engram)
+        if engram.max_servers_per_node:
+            servers = servers.options(max_replicas_per_node=engram.max_servers_per_node)
+        pools.append(servers.bind(*arguments))
     return _pool(Ingress, "ingress", ingress.num_replicas, ingress).bind(*arguments, *pools)
-
-
-def _shape(config: ClusterConfig, directory: Path) -> ModelShape | ServedModel:
-    """The model's shape: from its weight files where moeray reads experts, from config.json where only vLLM does."""
-    model = describe_model(directory)
-    return model if experts_in(config, model) is ExpertsIn.VLLM else Checkpoint.open(directory).shape
 
 
 def _checked(config: ClusterConfig | Mapping[str, Any] | str | None) -> ClusterConfig:
@@ -75,7 +81,7 @@ def _checked(config: ClusterConfig | Mapping[str, Any] | str | None) -> ClusterC
     return parse_config(config)
 
 
-def _pool(replica: type, pool: str, num_replicas: int, asks: AttentionConfig | ExpertsConfig | IngressConfig) -> Any:
+def _pool(replica: type, pool: str, num_replicas: int, asks: Asks) -> Any:
     """One Serve deployment; tokens never pass through it, so Serve's own queue and limits are of no matter."""
     return serve.deployment(replica).options(
         num_replicas=num_replicas,

@@ -13,7 +13,12 @@ from redis import Redis
 from redis_server import RedisServer
 
 from moeray.config import EngramConfig
+from moeray.deepseek_v4 import Checkpoint
+from moeray.deepseek_v4.engram_files import engram_layout, engram_tables
 from moeray.deepseek_v4.source import locate
+from moeray.engram import Shares
+from moeray.engram.held_rows import HeldRows
+from moeray.engram.row_server import RowServer
 from moeray.vllm_hooks.settings import ShardSettings
 
 PROMPT = [(7 * index) % 400 + 3 for index in range(600)]  # more than one chunk
@@ -29,9 +34,9 @@ def server(tmp_path: Path) -> Iterator[RedisServer]:
     server.kill()
 
 
-def test_settings_of_rows_in_redis_arrive_in_the_engine() -> None:
+def test_settings_of_rows_arrive_in_the_engine() -> None:
     config = EngramConfig("redis", redis_url="redis://127.0.0.1:1/0", redis_hot_bytes=5, redis_timeout_s=2.0)
-    settings = ShardSettings(backend="local", checkpoint=Path("/x"), engram="redis", engram_redis=config)
+    settings = ShardSettings(backend="local", checkpoint=Path("/x"), engram=config)
     assert ShardSettings.from_json(settings.to_json()) == settings
 
 
@@ -40,7 +45,7 @@ def test_an_engine_with_its_rows_in_redis_says_the_same_also_when_redis_is_gone(
     with in_process_engine(model) as engine:
         want = engine.teacher_forced(PROMPT)
     redis = EngramConfig("redis", redis_url=server.url, redis_hot_bytes=1)
-    with in_process_engine(model, settings={"engram": "redis", "engram_redis": redis}) as engine:
+    with in_process_engine(model, settings={"engram": redis}) as engine:
         client = Redis.from_url(server.url)
         for _ in range(2):  # from the file, then from what was put there
             assert torch.equal(engine.teacher_forced(PROMPT).chosen_T, want.chosen_T)
@@ -48,3 +53,23 @@ def test_an_engine_with_its_rows_in_redis_says_the_same_also_when_redis_is_gone(
         assert client.info("commandstats")["cmdstat_mget"]["calls"] > 2
         server.kill()
         assert torch.equal(engine.teacher_forced(PROMPT).chosen_T, want.chosen_T)
+
+
+def test_an_engine_with_its_rows_at_row_servers_says_the_same_also_when_one_of_two_is_gone() -> None:
+    model = locate("moeray-tiny")
+    with in_process_engine(model) as engine:
+        want = engine.teacher_forced(PROMPT)
+    checkpoint = Checkpoint.open(model)
+    layout = engram_layout(checkpoint)
+    assert layout is not None
+    tables = engram_tables(checkpoint, layout)
+    servers = [RowServer(HeldRows(tables, Shares(2, 2, tables.num_columns), number)) for number in range(2)]
+    addresses = {number: server.start() for number, server in enumerate(servers)}
+    sharded = EngramConfig("sharded", num_servers=2, copies=2, timeout_s=10.0)
+    with in_process_engine(model, settings={"engram": sharded}) as engine:
+        engine.engine.model_executor.driver_worker.worker.model_runner.get_model().engram_rows.move(addresses)
+        assert torch.equal(engine.teacher_forced(PROMPT).chosen_T, want.chosen_T)
+        assert all(server.rows_sent for server in servers)
+        servers[0].stop()
+        assert torch.equal(engine.teacher_forced(PROMPT).chosen_T, want.chosen_T)
+    servers[1].stop()

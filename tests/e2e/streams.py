@@ -9,7 +9,7 @@ from typing import Any
 
 from clusters import Cluster, wait_for
 
-LONG = {
+LONG: dict[str, Any] = {
     "model": "moeray-tiny", "messages": [{"role": "user", "content": "What is moeray?"}], "temperature": 0,
     "max_tokens": 2000, "ignore_eos": True, "stream": True,
 }  # fmt: skip
@@ -17,21 +17,20 @@ HARM_AT = 10
 """Events of a stream before something happens."""
 
 
-def stream(running: Cluster) -> Iterator[dict[str, Any]]:
+def stream(running: Cluster, max_tokens: int = LONG["max_tokens"]) -> Iterator[dict[str, Any]]:
     """Events of one long stream, errors included."""
-    request = urllib.request.Request(
-        f"{running.http}/v1/chat/completions", json.dumps(LONG).encode(), {"content-type": "application/json"}
-    )
+    body = json.dumps(LONG | {"max_tokens": max_tokens}).encode()
+    request = urllib.request.Request(f"{running.http}/v1/chat/completions", body, {"content-type": "application/json"})
     with urllib.request.urlopen(request, timeout=180) as answer:
         for line in answer:
             if line.startswith(b"data: {"):
                 yield json.loads(line[6:])
 
 
-def text_of(running: Cluster, harm: Callable[[], None] = lambda: None) -> str:
+def text_of(running: Cluster, harm: Callable[[], None] = lambda: None, max_tokens: int = LONG["max_tokens"]) -> str:
     """A whole stream's text; harm is done in its middle."""
     text = []
-    for count, event in enumerate(stream(running)):
+    for count, event in enumerate(stream(running, max_tokens)):
         if count == HARM_AT:
             harm()
         assert "error" not in event, event

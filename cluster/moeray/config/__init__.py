@@ -1,6 +1,6 @@
 """What a person may write about a cluster, checked at the edge, frozen inside."""
 
-from moeray.config.caches import EngramConfig, EngramPlacement, KvCacheConfig
+from moeray.config.caches import EngramConfig, KvCacheConfig
 from moeray.config.errors import ConfigError
 from moeray.config.load import load_config, parse_config, to_dict
 from moeray.config.schema import (
@@ -28,7 +28,6 @@ __all__ = [
     "ClusterTlsConfig",
     "ConfigError",
     "EngramConfig",
-    "EngramPlacement",
     "ExpertsConfig",
     "IngressConfig",
     "KvCacheConfig",

@@ -8,9 +8,9 @@ from urllib.parse import urlsplit
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from moeray.config.fields import FROM_FILE, Count, CountOrZero
+from moeray.config.fields import FROM_FILE, Count, CountOrZero, Labels, Share
 
-EngramPlacement = Literal["host", "device", "redis"]
+EngramPlacement = Literal["host", "device", "sharded", "redis"]
 KV_REDIS_SCHEMES = ("redis", "rediss", "redis+sentinel", "redis+cluster")
 ENGRAM_REDIS_SCHEMES = ("redis", "rediss")
 
@@ -69,10 +69,19 @@ class EngramConfig:
 
     Attributes:
         placement: host: the checkpoint's files, mapped by every shard of a node, one copy in its memory; device: a copy
-            in each shard's own memory, for small tables; redis: pages of rows in a Redis, behind a cache of hot rows in
-            each shard. What Redis does not bring in time, or not as it was stored, is read from the checkpoint's files
-            and put there.
-        prefault: bring mapped tables into memory before a shard serves, so that no request waits for the disk.
+            in each shard's own memory, for small tables; sharded: row servers, each with its share of every table's
+            hash columns, for tables that no single node holds; redis: pages of rows in a Redis, behind a cache of hot
+            rows in each shard; what Redis does not bring in time, or not as it was stored, is read from the
+            checkpoint's files and put there.
+        prefault: bring mapped tables into memory before a shard (or row server) serves, so that no request waits for
+            the disk.
+        num_servers: row servers of `sharded`; each reads its share of the checkpoint's files.
+        copies: servers that hold the same columns: so many less one can be lost and no request waits.
+        timeout_s: a server that has not brought its rows by then is lost; with copies, each has its part of this time.
+            Rows that nobody has are waited for, as experts are (experts.wait_s).
+        max_servers_per_node: 0 is no limit; 1 puts copies on different nodes, and needs a node for each server.
+        num_cpus: what each server asks of its Ray node.
+        label_selector: as in AttentionConfig, `pool=engram`.
         redis_url: redis://host:port/database, or rediss:// (TLS), without a password (MOERAY_KV_REDIS_PASSWORD, else
             MOERAY_REDIS_PASSWORD). It takes as much memory as the tables, and may drop what it likes.
         redis_ca_file: PEM of the authority of rediss://; empty: the system's.
@@ -82,10 +91,30 @@ class EngramConfig:
 
     placement: EngramPlacement = "host"
     prefault: Annotated[bool, Field(strict=True)] = True
+    num_servers: CountOrZero = 0
+    copies: Count = 1
+    timeout_s: Annotated[float, Field(gt=0, le=60, allow_inf_nan=False)] = 1.0
+    max_servers_per_node: Annotated[int, Field(strict=True, ge=0, le=100)] = 0
+    num_cpus: Share = 0.1
+    label_selector: Labels | None = None
     redis_url: str = ""
     redis_ca_file: str = ""
     redis_hot_bytes: Count = 256 << 20
     redis_timeout_s: Annotated[float, Field(gt=0, le=60, allow_inf_nan=False)] = 0.25
+
+    @model_validator(mode="after")
+    def _check_servers(self) -> Self:
+        if (self.placement == "sharded") is not bool(self.num_servers):
+            raise ValueError(
+                f"engram.placement is {self.placement}, engram.num_servers is {self.num_servers}: "
+                "`sharded` needs row servers, and no other placement has any"
+            )
+        if self.copies > max(1, self.num_servers):
+            raise ValueError(
+                f"engram.copies: {self.copies} copies need as many row servers, but engram.num_servers is "
+                f"{self.num_servers}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_redis(self) -> Self:

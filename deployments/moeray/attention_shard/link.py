@@ -145,12 +145,14 @@ class Connect(msgspec.Struct, frozen=True, tag="connect"):
         placement: `Placement.to_json()`.
         groups: member id of each expert group, in group order.
         addresses: where each listens; "" for one that is not there.
+        row_servers: Engram row servers, number -> where it listens; those that are there.
     """
 
     generation: int
     placement: dict[str, Any]
     groups: list[str]
     addresses: list[str]
+    row_servers: dict[int, str] = {}
 
 
 class Info(msgspec.Struct, frozen=True, tag="info"):

@@ -25,6 +25,7 @@ from moeray.config import ClusterConfig
 from moeray.controller.member import ClusterMember
 from moeray.controller.settings import ControllerSettings
 from moeray.deepseek_v4.source import locate
+from moeray.engram import shares_without
 from moeray.health import guard
 from moeray.membership import Charge, MembershipError, Role, View
 from moeray.mutual_tls import ClusterCertificate
@@ -48,12 +49,12 @@ class AttentionShard:
         self._lost = ""
         self._stage = "starting"
         self._is_ready = False
-        self._moving_to: tuple[int, tuple[str, ...]] | None = None
+        self._moving_to: tuple[int, tuple[str, ...], dict[int, str]] | None = None
         self._moving: asyncio.Task[None] | None = None
         self._accusing: set[asyncio.Task[None]] = set()
         self._weights: dict[str, int] = {}
         self._experts_in = ExpertsIn.GROUPS
-        self._layout = settings.layout
+        self._layout, self._engram = settings.layout, config.engram
         self._member = ClusterMember(Role.ATTENTION_SHARD, settings)
         index = await self._member.join()
         self._member.every(REPORT_S, self._report)
@@ -140,11 +141,19 @@ class AttentionShard:
             self._stage = f"left out, serves another model: {mismatch}" if mismatch else "waiting for expert groups"
             await self._unready()
             return
-        if (view.generation, view.addresses) != self._moving_to:
-            self._moving_to = view.generation, view.addresses
+        if not self._is_ready and (lacking := self._row_servers_lacking(view)):
+            self._stage = lacking
+            return
+        if (to := (view.generation, view.addresses, dict(view.row_servers))) != self._moving_to:
+            self._moving_to = to
             if self._moving is not None:
                 self._moving.cancel()  # its engine may wait for experts that only this view has
             self._moving = asyncio.create_task(self._move(self._child, view))
+
+    def _row_servers_lacking(self, view: View) -> str:
+        """Why nothing could be computed yet, of Engram rows; once requests run, they wait for what is lost."""
+        lacking = shares_without(view.row_servers, self._engram.num_servers, self._engram.copies)
+        return f"waiting for Engram row servers {', '.join(map(str, lacking))}" if lacking else ""
 
     async def _move(self, child: ShardProcess, view: View) -> None:
         """Bring the engine to the view's generation, however often that takes."""
@@ -185,7 +194,8 @@ class AttentionShard:
         if placement is None:
             return False
         await self._call(
-            wire.CONNECT, wire.Connect(view.generation, placement, list(view.groups), list(view.addresses))
+            wire.CONNECT,
+            wire.Connect(view.generation, placement, list(view.groups), list(view.addresses), dict(view.row_servers)),
         )
         return True
 
@@ -301,7 +311,6 @@ def _shard_settings(config: ClusterConfig, directory: Path, index: int, spin_s: 
         host=ray.util.get_node_ip_address(),
         spin_s=spin_s,
         micro_batches=config.attention.micro_batches,
-        engram=config.engram.placement,
-        engram_redis=config.engram,
+        engram=config.engram,
         tls=config.cluster_tls,
     )

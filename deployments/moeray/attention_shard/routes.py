@@ -9,7 +9,7 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from moeray.membership import Charge
@@ -36,7 +36,7 @@ class RouteServer:
 
         Args:
             on_accused: `(group_id, reason, charge)`; see `hop.Accuse`.
-            on_waiting: when the first worker begins to wait for experts, and when none does any more.
+            on_waiting: when the first worker begins to wait for experts or Engram rows, and when none does any more.
         """
         self._on_accused, self._on_waiting = on_accused, on_waiting
         self._workers: dict[asyncio.StreamWriter, dict[str, Any]] = {}
@@ -65,6 +65,12 @@ class RouteServer:
         """Wait for the first worker that is gone after `connected`: none comes back, so its engine cannot be moved."""
         async with self._changed:
             await self._changed.wait_for(self._are_missing)
+
+    def place_rows(self, row_servers: Mapping[int, str]) -> None:
+        """Tell all workers where the Engram row servers are; they dial beside their steps, and say nothing to it."""
+        line = json.dumps({"row_servers": dict(row_servers)}).encode() + b"\n"
+        for worker in list(self._workers):
+            worker.write(line)
 
     async def publish(self, route: Route) -> None:
         """Tell all workers; returns when each has moved.

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import grpc
@@ -135,9 +135,8 @@ class ShardService:
             why = f"{self._spec.shard} is on generation {self._generation}, Connect asks for {request.generation}"
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, why)
         try:
-            await self._move(
-                Route(Placement.from_json(request.placement), tuple(request.groups), tuple(request.addresses))
-            )
+            route = Route(Placement.from_json(request.placement), tuple(request.groups), tuple(request.addresses))
+            await self._move(route, request.row_servers)
         except Exception as error:  # noqa: BLE001  vLLM carries a worker's error across as a bare Exception
             why = f"{self._spec.shard}: generation {request.generation} could not be connected: {error}"
             if not self._generation:
@@ -145,11 +144,12 @@ class ShardService:
             await context.abort(grpc.StatusCode.UNAVAILABLE, why)
         return wire.encode(await self._describe(tensors=False))
 
-    async def _move(self, route: Route) -> None:
+    async def _move(self, route: Route, row_servers: Mapping[int, str]) -> None:
         """Raises whatever kept the engine from moving to this route."""
         if self._routes is None or (self._routes.done() and self._routes.exception() is not None):
             self._routes = asyncio.create_task(self._feed())
         routes = await asyncio.shield(self._routes)  # who asks first may give up meanwhile: the next one needs it, too
+        routes.place_rows(row_servers)  # first: a step that waits for rows does not take the route
         await routes.publish(route)  # not under the lock: a newer route must get through to a step that waits
         async with self._connecting:
             if not self._generation:

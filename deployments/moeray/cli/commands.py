@@ -148,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
         "lost. The new ones run what is installed by then.",
         epilog="example: moeray restart experts",
     )  # fmt: skip
-    restart.add_argument("pool", choices=("experts", "attention", "ingress"))
+    restart.add_argument("pool", choices=("experts", "attention", "ingress", "engram"))
     _timeout(restart, "for each process; stop after S seconds")
 
     chat = commands.add_parser("chat", help="ask one question and stream the answer",

@@ -9,7 +9,7 @@ from typing import Any
 from moeray.cli.connection import cluster_state
 from moeray.cli.progress import news
 
-ROLES = {"experts": "expert_group", "attention": "attention_shard", "ingress": "ingress"}
+ROLES = {"experts": "expert_group", "attention": "attention_shard", "ingress": "ingress", "engram": "engram_server"}
 """What is typed -> role of the processes."""
 POLL_S = 0.2
 CALL_S = 30.0  # for what the controller or Ray Serve is asked

@@ -21,6 +21,7 @@ from moeray.deepseek_v4.engram_files import table_ranges
 from moeray.deepseek_v4.errors import CheckpointError
 from moeray.deepseek_v4.inspection import value_bytes
 from moeray.deepseek_v4.source import locate
+from moeray.engram_server.topology import check_row_servers
 from moeray.mutual_tls import ClusterCertificate
 from moeray.tenancy import Identities, RegistryUnavailable
 from moeray.vllm_hooks.served_model import ExpertsIn, describe_model, experts_in, has_tokenizer
@@ -29,6 +30,7 @@ from moeray.vllm_hooks.served_model import ExpertsIn, describe_model, experts_in
 INGRESS_BYTES = 1200 * 2**20
 SHARD_BYTES = 1500 * 2**20
 GROUP_BYTES = 450 * 2**20
+ROW_SERVER_BYTES = 300 * 2**20
 RAY_BYTES = 800 * 2**20
 # Of each worker of vLLM's own parallelism; a single one lives in EngineCore's process.
 WORKER_BYTES = 700 * 2**20
@@ -42,6 +44,7 @@ def preflight(config: ClusterConfig) -> None:
         raise ConfigError(f"model: {model.directory / 'tokenizer.json'} is missing; copy it from the model's source")
     checkpoint = None if place is ExpertsIn.VLLM else _open(model.directory)
     controller_settings(config, model if checkpoint is None else checkpoint.shape)
+    check_row_servers(config, checkpoint)
     _check_engine_args(config, place)
     if os.environ.get("RAY_ADDRESS"):
         return  # ports and memory are those of other nodes
@@ -109,12 +112,13 @@ def _check_memory(config: ClusterConfig, directory: Path, checkpoint: Checkpoint
         + num_groups * GROUP_BYTES
         + (num_shards * config.kv_cache.staging_bytes + config.kv_cache.host_bytes if config.kv_cache.is_on else 0)
         + in_groups
+        + config.engram.num_servers * ROW_SERVER_BYTES
     )
     available = _available_bytes()
     tables = 0 if checkpoint is None else sum(each.num_bytes for each in table_ranges(checkpoint.tensors))
     if config.engram.placement == "device":
         needed += num_shards * tables
-    elif config.engram.placement == "host" and config.engram.prefault and needed + tables > available > needed:
+    elif config.engram.prefault and config.engram.placement != "redis" and needed + tables > available > needed:
         raise CommandError(
             f"engram.prefault: {_gib(tables)} GiB of Engram tables do not fit: {_gib(available)} GiB are free, about "
             f"{_gib(needed)} GiB are needed beside them. Write `engram: {{prefault: false}}` to read rows from disk "

@@ -85,6 +85,7 @@ def _is_ready(config: ClusterConfig, state: dict[str, Any]) -> bool:
         bool(state["is_complete"])
         and bool(state["endpoints"])
         and ready.count("attention_shard") >= config.attention.num_shards
+        and ready.count("engram_server") >= config.engram.num_servers
         and ready.count("ingress") >= config.ingress.num_replicas
     )
 

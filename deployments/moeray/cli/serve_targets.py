@@ -7,7 +7,7 @@ from typing import Any
 
 from moeray.cli.errors import CommandError
 
-DEPLOYMENTS = {"experts": "ExpertGroup", "attention": "AttentionShard", "ingress": "Ingress"}
+DEPLOYMENTS = {"experts": "ExpertGroup", "attention": "AttentionShard", "ingress": "Ingress", "engram": "EngramServer"}
 """Pool -> its Serve deployment."""
 FRESH_S = 2.0
 

@@ -73,6 +73,8 @@ def _work(process: dict[str, Any]) -> str:
         copies = f" ({experts['num_copies']} copies)" if experts["num_copies"] else ""
         held = f"{experts['num_experts']} experts{copies} x {experts['num_layers']} layers"
         return f"{held}, {experts['routed_tokens']} routed tokens"
+    if rows := process.get("engram"):
+        return f"{len(rows['columns'])} hash columns x {rows['tables']} tables, {rows['rows_sent']} rows sent"
     if hop := process.get("hop"):
         return f"{hop['calls']} layer calls, {us_per_call(hop):.0f} us each" + _halves(hop) + _not_split(process)
     return _not_split(process).removeprefix(", ")

@@ -28,6 +28,33 @@ def table_name(layer_id: int) -> str:
     return f"layers.{layer_id}.engram.embed.weight"
 
 
+def dtype_of_rows(stored: StoredMatrix, shape_VW: tuple[int, int]) -> torch.dtype:
+    """What the values of a table's rows become; arguments as of `EngramTable`.
+
+    Raises:
+        CheckpointError: another shape, or a format that cannot be gathered.
+    """
+    table, scale = stored.weight, stored.scale
+    if stored.shape != shape_VW:
+        raise CheckpointError(
+            table.file,
+            f"{table.name} has shape {list(stored.shape)}, config.json asks for {list(shape_VW)}",
+            DOWNLOAD_AGAIN,
+        )
+    if stored.block is not None and stored.block[0] != 1:
+        raise CheckpointError(
+            table.file, f"{table.name} is stored as {stored.format}", "a table's scales belong to single rows"
+        )
+    is_fp8 = table.dtype == _FP8 and scale is not None and scale.dtype in _FP8_SCALES
+    if not is_fp8 and (scale is not None or table.dtype not in _PLAIN):
+        raise CheckpointError(
+            table.file,
+            f"{table.name} is stored as {stored.format}",
+            f"convert it to one of {', '.join(_PLAIN)}, or to {_FP8} with scales of {_FP8_SCALES[0]}",
+        )
+    return torch.bfloat16 if is_fp8 else _PLAIN[table.dtype]
+
+
 class EngramTable:
     """Rows of `layers.N.engram.embed.weight`, mapped.
 
@@ -38,30 +65,13 @@ class EngramTable:
         bytes: the mapped table.
         dtype: of values; FP8 rows are dequantised as they are gathered.
     Raises:
-        CheckpointError: another shape, a format that cannot be gathered, or a file that cannot be mapped.
+        CheckpointError: see `dtype_of_rows`; or a file that cannot be mapped.
     """
 
     def __init__(self, stored: StoredMatrix, shape_VW: tuple[int, int]) -> None:
+        self.dtype = dtype_of_rows(stored, shape_VW)
         table, scale = stored.weight, stored.scale
-        if stored.shape != shape_VW:
-            raise CheckpointError(
-                table.file,
-                f"{table.name} has shape {list(stored.shape)}, config.json asks for {list(shape_VW)}",
-                DOWNLOAD_AGAIN,
-            )
-        if stored.block is not None and stored.block[0] != 1:
-            raise CheckpointError(
-                table.file, f"{table.name} is stored as {stored.format}", "a table's scales belong to single rows"
-            )
-        is_fp8 = table.dtype == _FP8 and scale is not None and scale.dtype in _FP8_SCALES
-        if not is_fp8 and (scale is not None or table.dtype not in _PLAIN):
-            raise CheckpointError(
-                table.file,
-                f"{table.name} is stored as {stored.format}",
-                f"convert it to one of {', '.join(_PLAIN)}, or to {_FP8} with scales of {_FP8_SCALES[0]}",
-            )
-        self.dtype = torch.bfloat16 if is_fp8 else _PLAIN[table.dtype]
-        self._gather = gather_fp8() if is_fp8 else gather_plain()  # compiled now, not in a request
+        self._gather = gather_plain() if scale is None else gather_fp8()  # compiled now, not in a request
         self.bytes = Table(_mapped(table), None if scale is None else _mapped(scale))
         self._width = shape_VW[1]
 

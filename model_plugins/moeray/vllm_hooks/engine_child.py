@@ -27,7 +27,7 @@ _MAX_REASON = 4000
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What ended EngineCore. `experts_lost`: a TransportError was the cause, so the shard itself is sound."""
+    """What ended EngineCore. `experts_lost`: experts, or Engram rows, did not come, so the shard itself is sound."""
 
     reason: str
     experts_lost: bool
@@ -116,15 +116,16 @@ def die_with_parent(parent_pid: int) -> None:
 
 
 def describe(error: BaseException) -> dict[str, Any]:
-    """The innermost cause in one line, and whether it is the hop's."""
+    """The innermost cause in one line, and whether it lies beyond the hop, or beyond the row servers' links."""
+    from moeray.engram import RowsUnavailable
     from moeray.transport.errors import TransportError
 
     chain = [error]
     while (cause := _cause(chain[-1])) is not None and cause not in chain:
         chain.append(cause)
-    hop = next((link for link in chain if isinstance(link, TransportError)), None)
-    cause = hop or chain[-1]
-    return {"reason": f"{type(cause).__name__}: {cause}"[: _MAX_REASON // 4], "experts_lost": hop is not None}
+    elsewhere = next((link for link in chain if isinstance(link, TransportError | RowsUnavailable)), None)
+    cause = elsewhere or chain[-1]
+    return {"reason": f"{type(cause).__name__}: {cause}"[: _MAX_REASON // 4], "experts_lost": elsewhere is not None}
 
 
 def _cause(error: BaseException) -> BaseException | None:

@@ -1,35 +1,17 @@
-"""Where a model's Engram tables lie, and how a shard gets their rows from there."""
+"""How a shard gets the rows of its Engram tables from where they lie."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 from moeray.deepseek_v4.checkpoint import Checkpoint
 from moeray.deepseek_v4.engram import EngramLayout
-from moeray.deepseek_v4.engram_table import EngramTable, table_name
-from moeray.deepseek_v4.weight_files import StoredTensor
-from moeray.engram import EngramRows, LocalTables, RowFile, Table, TableFiles, TableSet
+from moeray.deepseek_v4.engram_files import engram_tables
+from moeray.engram import EngramRows, LocalTables, PatientRows, Shares, Table
 from moeray.vllm_hooks.settings import ShardSettings
 
 ROWS_PER_KEY = 8
 """Of a Redis: one by one, rows take half as much memory again; 64 together are eight times the bytes on the way."""
-
-
-def engram_tables(checkpoint: Checkpoint, layout: EngramLayout) -> TableSet:
-    """The rows of every Engram layer in the checkpoint's files, cut by hash column.
-
-    Raises:
-        CheckpointError: a table is missing, or is not one that a layer could gather from (see `EngramTable`).
-    """
-    tables = []
-    for index, layer_id in enumerate(layout.layer_ids):
-        stored = checkpoint.matrix(table_name(layer_id))
-        EngramTable(stored, (layout.num_rows[index], layout.head_dim))  # for its checks
-        starts = tuple(accumulate(layout.primes[index], initial=0))
-        scales = None if stored.scale is None else _rows(stored.scale)
-        tables.append(TableFiles(stored.weight.name, _rows(stored.weight), scales, starts))
-    return TableSet(checkpoint.fingerprint(), tuple(tables))
 
 
 def open_rows(
@@ -40,16 +22,18 @@ def open_rows(
     Raises:
         CheckpointError: see `engram_tables`.
     """
-    if settings is None or settings.engram == "host":
+    if settings is None or settings.engram.placement == "host":
         return LocalTables(mapped)
-    if settings.engram == "device":
+    if settings.engram.placement == "device":
         return LocalTables([table.copied() for table in mapped])
+    if settings.engram.placement == "sharded":
+        return _served(settings, checkpoint, layout)
     # These import redis and numba, which other placements do without.
     from moeray.engram.redis_pages import RedisPages
     from moeray.engram.redis_rows import RedisRows
     from moeray.kv_cache.redis_blocks import redis_password
 
-    redis = settings.engram_redis
+    redis = settings.engram
     pages = RedisPages(
         redis.redis_url, redis_password(), engram_tables(checkpoint, layout), rows_per_key=ROWS_PER_KEY,
         timeout_s=redis.redis_timeout_s, tls_ca_file=redis.redis_ca_file,
@@ -57,5 +41,13 @@ def open_rows(
     return RedisRows(pages, hot_bytes=redis.redis_hot_bytes, has_file=True)
 
 
-def _rows(stored: StoredTensor) -> RowFile:
-    return RowFile(stored.file, stored.offset, stored.num_bytes // stored.shape[0])
+def _served(settings: ShardSettings, checkpoint: Checkpoint, layout: EngramLayout) -> PatientRows:
+    """Where the row servers are comes with the routes."""
+    from moeray.engram.served_rows import ServedRows
+
+    tables, engram = engram_tables(checkpoint, layout), settings.engram
+    shares = Shares(engram.num_servers, engram.copies, tables.num_columns)
+    served = ServedRows(
+        tables, shares, {}, sender=settings.shard, timeout_s=engram.timeout_s, host=settings.host, tls=settings.tls
+    )
+    return PatientRows(served, settings.wait_s)

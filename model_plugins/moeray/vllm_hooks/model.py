@@ -16,6 +16,7 @@ from vllm.models.deepseek_v4 import DeepseekV4ForCausalLM as VllmDeepseekV4ForCa
 from vllm.platforms import current_platform
 
 from moeray.deepseek_v4.engram import EngramError, EngramLayout
+from moeray.engram import EngramRows
 from moeray.vllm_hooks import cpu_kernels, cpu_routing, lookback, micro_batches, remote_experts  # noqa: F401  remote_experts registers itself
 from moeray.vllm_hooks.engram_layer import EngramStep
 from moeray.vllm_hooks.settings import shard_settings
@@ -43,6 +44,11 @@ class DeepseekV4ForCausalLM(VllmDeepseekV4ForCausalLM):  # type: ignore[misc, un
             if not current_platform.is_cpu():
                 raise EngramError("Engram on a V4 body runs on CPU only in this version: use V4.1's own class on a GPU")
             self._engram = EngramStep(vllm_config, self.model.layers, layout)
+
+    @property
+    def engram_rows(self) -> EngramRows | None:
+        """Where the layers get their rows; None where the model has no Engram."""
+        return None if self._engram is None else self._engram.rows
 
     @property
     def token_lookback_depth(self) -> int:

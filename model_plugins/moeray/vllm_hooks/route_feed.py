@@ -5,9 +5,10 @@ a connection of their own, an AF_UNIX socket of the shard process (attention_sha
 their own. The wire is one JSON object per line:
 
     shard process -> worker   {"route": Route, "number": n}
+                              {"row_servers": {number: address}}, those of Engram that are there
     worker -> shard process   {"number": n, "generation": g} when the hop has moved, with "error" instead if it cannot
                               {"accuse": group id, "reason": text, "charge": Charge}
-                              {"waiting": bool}: whether a layer call waits for experts that nobody has
+                              {"waiting": bool}: whether a layer call waits for experts, or Engram rows, that nobody has
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import logging
 import queue
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from moeray.membership import Charge
@@ -31,16 +32,22 @@ logger = logging.getLogger(__name__)
 class RouteFeed:
     """Reads routes in one thread, moves the hops in another: a route that cannot be reached must not hide the next."""
 
-    def __init__(self, address: str, hops: Callable[[], Sequence[Hop]]) -> None:
+    def __init__(
+        self,
+        address: str,
+        hops: Callable[[], Sequence[Hop]],
+        on_row_servers: Callable[[Mapping[int, str]], None] = lambda _: None,
+    ) -> None:
         """Connect and start.
 
         Args:
             address: abstract AF_UNIX name of the shard process' listener.
             hops: those that are to follow, at this moment.
+            on_row_servers: told where the row servers are; in the reading thread, so it must not wait.
         Raises:
             OSError: nobody listens there.
         """
-        self._hops = hops
+        self._hops, self._on_row_servers = hops, on_row_servers
         self._routes: queue.Queue[tuple[int, Route] | None] = queue.Queue()
         self._sending = threading.Lock()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -69,6 +76,9 @@ class RouteFeed:
             with self._socket.makefile("rb") as lines:
                 for line in lines:
                     data = json.loads(line)
+                    if "row_servers" in data:
+                        self._on_row_servers({int(number): each for number, each in data["row_servers"].items()})
+                        continue
                     route = _same(Route.from_json(data["route"]), last)
                     last = route
                     for each in self._hops():

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moeray.config import ChannelUsers, ClusterTlsConfig, EngramConfig, EngramPlacement, MicroBatches, RowFormatName
+from moeray.config import ChannelUsers, ClusterTlsConfig, EngramConfig, MicroBatches, RowFormatName
 
 ADDITIONAL_CONFIG_KEY = "moeray"
 SPIN_S = 200e-6
@@ -31,8 +31,7 @@ class ShardSettings:
         host: address this shard's end of the transport binds and connects from.
         spin_s: see `TransportSpec`.
         micro_batches: which steps are computed in two halves, see `AttentionConfig`.
-        engram: where the rows of Engram tables lie, see `EngramConfig`.
-        engram_redis: its `redis_*` keys, for `engram` redis.
+        engram: where the rows of Engram tables lie.
         tls: see `TransportSpec`.
     """
 
@@ -48,8 +47,7 @@ class ShardSettings:
     host: str = "127.0.0.1"
     spin_s: float = 0.0
     micro_batches: MicroBatches = "never"
-    engram: EngramPlacement = "host"
-    engram_redis: EngramConfig = field(default_factory=EngramConfig)
+    engram: EngramConfig = field(default_factory=EngramConfig)
     tls: ClusterTlsConfig = field(default_factory=ClusterTlsConfig)
 
     def __post_init__(self) -> None:
@@ -63,8 +61,8 @@ class ShardSettings:
     def from_json(cls, data: Mapping[str, Any]) -> ShardSettings:
         """Read what `to_json` wrote; keys with a default may be missing."""
         tls = ClusterTlsConfig(**data.get("tls", {}))
-        engram = EngramConfig(**data.get("engram_redis", {}))
-        return cls(**{**data, "checkpoint": Path(data["checkpoint"]), "tls": tls, "engram_redis": engram})
+        engram = EngramConfig(**data.get("engram", {}))
+        return cls(**{**data, "checkpoint": Path(data["checkpoint"]), "tls": tls, "engram": engram})
 
 
 def shard_settings(vllm_config: Any) -> ShardSettings | None:

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from moeray.deepseek_v4 import Checkpoint, CheckpointError, RoutedExperts
+from moeray.engram import PatientRows
 from moeray.health import guard
 from moeray.placement import Placement
 from moeray.transport import ModelIdentity, Transport, TransportSpec, connect
 from moeray.vllm_hooks import continued_requests, micro_batch_choice
 from moeray.vllm_hooks.engram_layer import EngramLayer
 from moeray.vllm_hooks.executor import step_limit
-from moeray.vllm_hooks.hop import Connect, hop
+from moeray.vllm_hooks.hop import Connect, OnWaiting, hop
 from moeray.vllm_hooks.kv_settings import CONNECTOR
 from moeray.vllm_hooks.loader import last_report
 from moeray.vllm_hooks.micro_batches import hop_report, second_hop
@@ -60,8 +61,16 @@ class WorkerExtension:
         Raises:
             OSError: nobody listens there.
         """
-        feed = RouteFeed(address, lambda: [hop, second_hop] if micro_batch_choice.wants_halves() else [hop])
+        rows = getattr(self.model_runner.get_model(), "engram_rows", None)
+        served = rows if isinstance(rows, PatientRows) else None
+        feed = RouteFeed(
+            address,
+            lambda: [hop, second_hop] if micro_batch_choice.wants_halves() else [hop],
+            served.move if served is not None else lambda _: None,
+        )
         _set_up_hops(self.vllm_config, feed)
+        if served is not None:
+            served.on_waiting = _on_waiting(feed)
 
     def moeray_connect(self, placement: dict[str, Any], addresses: list[str]) -> int:
         """Move to this route between two steps, for an engine without a feed (in its caller's own process).
@@ -141,17 +150,21 @@ class WorkerExtension:
         return scheduler_connectors[0].report() if scheduler_connectors else {}
 
 
-def _set_up_hops(vllm_config: Any, feed: RouteFeed | None) -> None:
+def _on_waiting(feed: RouteFeed | None) -> OnWaiting:
     def on_waiting(waits: bool) -> None:
         step_limit.is_excused = waits  # `wait_s` is its limit
         if feed is not None:
             feed.waiting(waits)
 
+    return on_waiting
+
+
+def _set_up_hops(vllm_config: Any, feed: RouteFeed | None) -> None:
     settings = _settings(vllm_config)
     second = replace(settings, shard=f"{settings.shard} (second half)")
     for each, own in ((hop, settings), (second_hop, second)):
         accuse = feed.accuse if feed is not None else None
-        each.set_up(_connector(own, vllm_config), accuse, settings.wait_s, on_waiting)
+        each.set_up(_connector(own, vllm_config), accuse, settings.wait_s, _on_waiting(feed))
 
 
 def _settings(vllm_config: Any) -> ShardSettings:

@@ -80,6 +80,22 @@ def test_a_published_route_is_in_use_in_every_worker_when_it_returns() -> None:
     run(story())
 
 
+def test_every_worker_hears_where_the_row_servers_are_before_the_route_that_comes_after() -> None:
+    async def story() -> None:
+        server = RouteServer(lambda *_: None, lambda _: None)
+        name = await server.start()
+        engine, heard = Engine(), list[dict[int, str]]()
+        feed = await asyncio.to_thread(RouteFeed, name, lambda: [engine.hop], lambda servers: heard.append({**servers}))
+        await server.connected(1)
+        server.place_rows({0: "a:1", 2: "b:1"})
+        server.place_rows({})
+        await server.publish(route(1))
+        assert heard == [{0: "a:1", 2: "b:1"}, {}]
+        feed.close()
+
+    run(story())
+
+
 def test_a_route_that_says_the_same_again_moves_nobody() -> None:
     async def story() -> None:
         engine = Engine()

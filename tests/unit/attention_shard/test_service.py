@@ -60,7 +60,7 @@ async def connected(engine: Engine) -> tuple[ShardService, asyncio.Task[None]]:
     """A service that runs, its engine on its first route."""
     service = ShardService(ShardSpec("s0", {}), engine, lambda *_: None, lambda _: None)  # type: ignore[arg-type]
     running = asyncio.create_task(service.run())
-    await asyncio.wait_for(service._move(Route(PLACEMENT, ("group-a",), ("127.0.0.1:1",))), WAIT_S)
+    await asyncio.wait_for(service._move(Route(PLACEMENT, ("group-a",), ("127.0.0.1:1",)), {}), WAIT_S)
     return service, running
 
 

@@ -47,6 +47,18 @@ def test_a_model_without_experts_is_not_split(llama: Path) -> None:
         preflight.preflight(config(llama, num_groups=2))
 
 
+def sharded(num_servers: int, **others: Any) -> Any:
+    return parse_config({"engram": {"placement": "sharded", "num_servers": num_servers}, **others})
+
+
+def test_row_servers_are_refused_where_no_table_can_be_cut_for_them(llama: Path) -> None:
+    preflight.preflight(sharded(6))
+    with pytest.raises(ConfigError, match=r"engram\.num_servers: 7 row servers for 6 hash columns"):
+        preflight.preflight(sharded(7))
+    with pytest.raises(ConfigError, match=r"engram\.placement: sharded, but .* has no Engram tables"):
+        preflight.preflight(sharded(2, model=str(llama), experts={"num_groups": 0}))
+
+
 def test_a_missing_tokenizer_is_named(llama: Path) -> None:
     (llama / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match=r"tokenizer\.json is missing"):

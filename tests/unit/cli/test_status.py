@@ -29,6 +29,11 @@ def test_cores_relay_and_numa_node_are_shown() -> None:
     assert "(numa several)" in row({"role": "expert_group", **place, "numa_node": None})
 
 
+def test_what_a_row_server_holds_is_shown() -> None:
+    rows = {"columns": [4, 5], "tables": 2, "rows_sent": 10, "bytes": 1, "checkpoint": "c"}
+    assert row({"role": "engram_server", "engram": rows}).endswith("2 hash columns x 2 tables, 10 rows sent")
+
+
 def test_warnings_stand_above_the_table() -> None:
     lines = render(state({"role": "controller"}, warnings=["node n: too few cores"])).splitlines()
     assert lines[1] == "warning: node n: too few cores"

@@ -43,6 +43,12 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ({"transport": {"backend": "tcp"}}, "transport.backend: .*'gloo', 'nccl' or 'local'"),
         ({"transport": {"timeout_s": float("nan")}}, "transport.timeout_s: .*finite"),
         ({"health": {"step_s": 0}}, r"health.step_s: .*greater than or equal to 2 \(got 0\)"),
+        ({"engram": {"placement": "sharded"}}, "engram.num_servers is 0: `sharded` needs row servers"),
+        ({"engram": {"num_servers": 2}}, "engram.placement is host, engram.num_servers is 2"),
+        (
+            {"engram": {"placement": "sharded", "num_servers": 2, "copies": 3}},
+            "engram.copies: 3 copies need as many row servers, but engram.num_servers is 2",
+        ),
         ({"model": ""}, "model: .*at least 1 character"),
         (["model"], "must be a mapping"),
     ],

@@ -10,6 +10,7 @@ import time
 
 import psutil
 
+from moeray.engram import RowsUnavailable
 from moeray.transport.errors import PeerLost
 from moeray.vllm_hooks.engine_child import LastWords, _guarded, describe, die_with_parent
 
@@ -29,6 +30,13 @@ def test_a_lost_group_is_told_even_when_it_is_not_the_innermost_cause() -> None:
     error.__cause__.__context__ = ConnectionResetError("reset")
 
     assert describe(error) == {"reason": "PeerLost: expert group 1 lost: end of file", "experts_lost": True}
+
+
+def test_engram_rows_that_nobody_brought_are_no_fault_of_the_shard() -> None:
+    error = RuntimeError("step failed")
+    error.__cause__ = RowsUnavailable("row server 1 is not there")
+
+    assert describe(error) == {"reason": "RowsUnavailable: row server 1 is not there", "experts_lost": True}
 
 
 def test_the_last_words_of_a_forked_child_reach_the_parent() -> None:
