@@ -2,12 +2,16 @@
 
     python benchmarks/engram.py [--quick] [--json FILE]
 
-decode: tokens per second of an engine of the bundled model whose tables are mapped (`host`), beside one that has them
-in memory of its own (`device`), in turn on one core; `ratio` within a pair, above 1 the mapped one is faster.
+decode: tokens per second of an engine of the bundled model whose tables are mapped (`host`), or at two row servers on
+another core (`sharded`), beside one that has them in memory of its own (`device`), in turn on one core; `ratio` within
+a turn, above 1 `device` is slower.
 
 gather: rows per second of a generated table of random bytes, rows of 256 FP8 values and 8 scales as DeepSeek-V4.1 has
 them, 48 rows a token at random: out of the mapped file, out of private memory, and the floor: copying as many bytes in
 one piece. `us_per_token` includes turning FP8 into bf16.
+
+gate: adding the gated value to four bf16 streams of 4,096 in the compiled pass, beside the formula in torch, and the
+floor: copying as many bytes as are read and written.
 
 memory: two processes that read every row of the same file: RSS and PSS of their maps, and what is private.
 """
@@ -20,14 +24,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import records
-from kv_engines import KvEngine
+import torch
+from engram_engines import PLACEMENTS, PLAIN, EngramEngine, RowServers
 from pinned import Process, pin, two_cores
 
+from moeray.deepseek_v4.engram import add_gated_value
+from moeray.deepseek_v4.engram_gate_kernel import add_gated_value_bf16
 from moeray.deepseek_v4.engram_kernel import gather_fp8, products
 from moeray.engram import FileRange, Table, prefault
 from moeray.tiny import checkpoint_path
@@ -35,6 +44,7 @@ from moeray.tiny import checkpoint_path
 WIDTH, BLOCKS, ROWS_PER_TOKEN = 256, 8, 48
 ROW_BYTES = WIDTH + BLOCKS
 STEP_TOKENS = (1, 16, 512)
+NUM_STREAMS, HIDDEN, EPS = 4, 4096, 1e-6
 GIB = 1 << 30
 COST = 0.03
 """Target: what mapping may cost of decode throughput."""
@@ -46,13 +56,13 @@ class Effort:
 
     table_bytes: int
     large_bytes: int
-    pairs: int
+    rounds: int
     decode_steps: int
     repeats: int
 
 
-QUICK = Effort(1 * GIB, 8 * GIB, pairs=8, decode_steps=60, repeats=40)
-THOROUGH = Effort(4 * GIB, 8 * GIB, pairs=24, decode_steps=120, repeats=200)
+QUICK = Effort(1 * GIB, 8 * GIB, rounds=20, decode_steps=60, repeats=40)
+THOROUGH = Effort(4 * GIB, 8 * GIB, rounds=60, decode_steps=120, repeats=200)
 
 
 def main() -> None:
@@ -62,9 +72,11 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=Path.cwd(), help="for the tables (9 GiB); a disk, not memory")
     options = parser.parse_args()
     effort = QUICK if options.quick else THOROUGH
-    core, _ = two_cores()
-    found = decoding(core, effort)
+    core, other = two_cores()
+    found = decoding(core, other, effort)
     pin([core])
+    torch.set_num_threads(1)
+    found += gating(effort)
     with tempfile.TemporaryDirectory(dir=options.directory) as folder:
         for num_bytes, is_large in ((effort.table_bytes, False), (effort.large_bytes, True)):
             file = Path(folder) / "table"
@@ -77,30 +89,69 @@ def main() -> None:
         records.write(options.json, found, **asdict(effort))
 
 
-def decoding(core: int, effort: Effort) -> list[records.Record]:
-    engines = [Process(KvEngine, [core]) for _ in range(2)]
+def decoding(core: int, other: int, effort: Effort) -> list[records.Record]:
+    servers, engine = Process(RowServers, [other]), Process(EngramEngine, [core])
     found: list[records.Record] = []
     try:
-        for engine, placement in zip(engines, ("host", "device"), strict=True):
-            engine.ask("start", checkpoint_path(), None, False, placement)
-            engine.ask("decode", 2, 20)
+        engine.ask("start", checkpoint_path(), None)
+        engine.ask("open_placements", servers.ask("serve"))
+        names = [each.placement for each in PLACEMENTS]
         for batch in (1, 8):
-            pairs = []
-            for number in range(effort.pairs):
-                turns = engines if number % 2 else engines[::-1]
-                speeds = {engine: engine.ask("decode", batch, effort.decode_steps) for engine in turns}
-                pairs.append([speeds[engine] for engine in engines])
-            ratios = [mapped / private for mapped, private in pairs]
-            speed = round(statistics.median(mapped for mapped, _ in pairs))
-            found.append({"bench": "decode", "batch": batch, "tokens_per_s": speed, **records.spread(ratios)})
-            verdict = "met" if statistics.median(ratios) >= 1 - COST else "missed"
-            print(
-                f"decode, batch {batch}: mapped / private {spread(found[-1])}: target {1 - COST} {verdict}", flush=True
-            )
+            rounds = []
+            for number in range(effort.rounds + 1):
+                turns = names[:: 1 if number % 2 else -1]
+                rounds.append({each: engine.ask("decode_from", each, batch, effort.decode_steps) for each in turns})
+            found += [compared(batch, name, rounds[1:]) for name in names if name != PLAIN]
     finally:
-        for engine in engines:
-            engine.end()
+        for process in (servers, engine):
+            process.end()
     return found
+
+
+def compared(batch: int, placement: str, rounds: list[dict[str, float]]) -> records.Record:
+    """One placement beside private memory."""
+    ratios = [each[placement] / each[PLAIN] for each in rounds]
+    speed = round(statistics.median(each[placement] for each in rounds))
+    record = {"bench": "decode", "placement": placement, "batch": batch, "tokens_per_s": speed}
+    record |= records.spread(ratios)
+    met = "met" if statistics.median(ratios) >= 1 - COST else "missed"
+    target = f": target {1 - COST} {met}" if placement == "host" else ""
+    print(f"decode, batch {batch}: {placement} / device {spread(record)}{target}", flush=True)
+    return record
+
+
+def gating(effort: Effort) -> list[records.Record]:
+    generator, found = torch.Generator().manual_seed(0), list[records.Record]()
+    weights = 1 + 0.1 * torch.randn(2, NUM_STREAMS, HIDDEN, generator=generator)
+    for tokens in STEP_TOKENS:
+        streams = torch.randn(tokens, NUM_STREAMS, HIDDEN, generator=generator).bfloat16()
+        kv = torch.randn(tokens, (NUM_STREAMS + 1) * HIDDEN, generator=generator).bfloat16()
+        source, target = torch.empty(2, 2 * streams.numel() + kv.numel(), dtype=torch.bfloat16)
+        ways: dict[str, Callable[[], object]] = {
+            "compiled": partial(add_gated_value_bf16, streams, kv, weights[0] * weights[1], EPS),
+            "torch": partial(add_gated_value, streams, kv, weights[0], weights[1], EPS),
+            "memcpy": partial(target.copy_, source),
+        }
+        seconds = in_turn(ways, max(5, effort.repeats // 4))
+        took, floor = (statistics.median(seconds[way]) for way in ("compiled", "memcpy"))
+        ratios = [torch / own for torch, own in zip(seconds["torch"], seconds["compiled"], strict=True)]
+        record: records.Record = {"bench": "gate", "tokens": tokens, "us": round(1e6 * took, 1)}
+        record |= {"times_memcpy": round(took / floor, 1), **records.spread(ratios)}
+        found.append(record)
+        print(f"gate, {tokens} tokens: {record['us']} us, torch / compiled {spread(record)}", flush=True)
+    return found
+
+
+def in_turn(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each call; the first of each is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(repeats + 1):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            way()
+            if repeat:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
 
 
 def spread(record: records.Record) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,10 +34,8 @@ class KvEngine:
         self._engine: Any = None
         self._count = 0
 
-    def start(
-        self, checkpoint: Path, kv_cache: dict[str, Any] | None, plain: bool = False, engram: Any = "host"
-    ) -> None:
-        """Load; `plain`: vLLM's own model and experts, as `vllm serve` would run them; `engram`: its placement."""
+    def start(self, checkpoint: Path, kv_cache: dict[str, Any] | None, plain: bool = False) -> None:
+        """Load; `plain`: vLLM's own model and experts, as `vllm serve` would run them."""
         os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.llm_engine import LLMEngine
@@ -47,7 +46,7 @@ class KvEngine:
         from moeray.vllm_hooks.engine_args import shard_engine_args
         from moeray.vllm_hooks.settings import ShardSettings
 
-        settings = None if plain else ShardSettings(backend="local", checkpoint=checkpoint, engram=engram)
+        settings = None if plain else ShardSettings(backend="local", checkpoint=checkpoint)
         limits = {"max_model_len": MAX_TOKENS, "max_num_batched_tokens": STEP_TOKENS, "kv_cache_memory_bytes": KV_BYTES}
         arguments = shard_engine_args(
             model=checkpoint, model_name="bench", engine_args=limits, moeray=settings, kv_cache=kv_cache
@@ -58,6 +57,10 @@ class KvEngine:
             shape = Checkpoint.open(checkpoint).shape
             here = contiguous(generation=1, num_layers=shape.num_layers, num_experts=shape.num_experts, num_groups=1)
             self._engine.collective_rpc("moeray_connect", args=(here.to_json(), []))
+
+    def apply(self, function: Callable[[Any], Any]) -> Any:
+        """To the model."""
+        return self._engine.apply_model(function)[0]
 
     def ask(self, prompt: list[int], num_tokens: int = 1) -> First:
         """One request, alone."""

@@ -169,13 +169,22 @@ def engram_table(found: list[Record]) -> str:
         for each in found if each["bench"] == "gather"
     ]  # fmt: skip
     head = ["table, GiB", "tokens a step", "M rows/s", "us per token", "x memcpy", "speed, mapped / private"]
-    decode = [[each["batch"], each["tokens_per_s"], _ratio(each)] for each in found if each["bench"] == "decode"]
+    decode = [
+        [*(each[key] for key in ("placement", "batch", "tokens_per_s")), _ratio(each)]
+        for each in found if each["bench"] == "decode"
+    ]  # fmt: skip
+    gate = [
+        [*(each[key] for key in ("tokens", "us", "times_memcpy")), _ratio(each)]
+        for each in found
+        if each["bench"] == "gate"
+    ]
     sizes = ("process", "Rss", "Pss", "Anonymous")
     memory = [[each[name] for name in sizes] for each in found if each["bench"] == "memory"]
     return "\n\n".join(
         [
             markdown(head, rows),
-            markdown(["decode, requests", "tokens/s", "mapped / private"], decode),
+            markdown(["gate: tokens a step", "us", "x memcpy", "speed, compiled / torch"], gate),
+            markdown(["decode: placement", "requests", "tokens/s", "beside device"], decode),
             markdown(["process", "RSS, GiB", "PSS", "private"], memory),
         ]
     )

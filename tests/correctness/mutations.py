@@ -27,6 +27,7 @@ EXPERT_LAYOUT = "model_plugins/moeray/deepseek_v4/expert_layout.py"
 CHECKPOINT = "model_plugins/moeray/deepseek_v4/checkpoint.py"
 FORMATS = "model_plugins/moeray/deepseek_v4/formats.py"
 ENGRAM = "model_plugins/moeray/deepseek_v4/engram.py"
+ENGRAM_GATE = "model_plugins/moeray/deepseek_v4/engram_gate_kernel.py"
 ROUTING = "model_plugins/moeray/vllm_hooks/cpu_routing.py"
 KERNELS = "model_plugins/moeray/vllm_hooks/cpu_kernels.py"
 REDUCTION = "cluster/moeray/transport/reduction.py"
@@ -322,6 +323,11 @@ MUTATIONS = (
         "Engram's key is not normalised", ENGRAM,
         "match * _inverse_rms(h, rms_eps) * _inverse_rms(key, rms_eps)", "match * _inverse_rms(h, rms_eps)",
         READING_TESTS + "test_the_gated_streams_are_those_of_the_published_mathematics",
+    ),
+    Mutation(
+        "the compiled gate takes the key as it is", ENGRAM_GATE,
+        " * math.sqrt(key_square[0] / hidden + rms_eps)", "",
+        "tests/unit/engram/test_gate.py::test_the_compiled_gate_rounds_the_formula_once",
     ),
     Mutation(
         "Engram does nothing (seen in the text)", "model_plugins/moeray/vllm_hooks/model.py",

@@ -16,6 +16,7 @@ from vllm.model_executor.layers.linear import ReplicatedLinear
 
 from moeray.deepseek_v4.checkpoint import Checkpoint
 from moeray.deepseek_v4.engram import EngramError, EngramLayout, NgramHash, add_gated_value, build_token_map
+from moeray.deepseek_v4.engram_gate_kernel import add_gated_kernel, add_gated_value_bf16
 from moeray.deepseek_v4.engram_table import EngramTable, table_name
 from moeray.deepseek_v4.errors import CheckpointError
 from moeray.engram import AskedRows, EngramRows, StoredRows, Table
@@ -42,6 +43,9 @@ class EngramLayer(nn.Module):
         shape_HD = (config.hc_mult, config.hidden_size)
         self.q_weight = nn.Parameter(torch.empty(shape_HD), requires_grad=False)
         self.k_weight = nn.Parameter(torch.empty(shape_HD), requires_grad=False)
+        self._match_weight_HD: Tensor | None = None
+        if self._is_compiled:
+            add_gated_kernel()  # compiled now, not in a request
 
     def forward(self, streams_THD: Tensor, rows: StoredRows) -> Tensor:
         """The streams with the gated value added.
@@ -50,7 +54,15 @@ class EngramLayer(nn.Module):
             rows: of these tokens.
         """
         kv = self.wkv(self.table.values_of(rows).to(streams_THD.dtype))
-        return add_gated_value(streams_THD, kv, self.q_weight, self.k_weight, self.rms_eps)
+        if not self._is_compiled:
+            return add_gated_value(streams_THD, kv, self.q_weight, self.k_weight, self.rms_eps)
+        if self._match_weight_HD is None:
+            self._match_weight_HD = self.q_weight.float() * self.k_weight.float()
+        return add_gated_value_bf16(streams_THD, kv, self._match_weight_HD, self.rms_eps)
+
+    @property
+    def _is_compiled(self) -> bool:
+        return self.q_weight.dtype == torch.bfloat16 and self.q_weight.device.type == "cpu"
 
 
 class EngramStep:

@@ -6,8 +6,11 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moeray.deepseek_v4.engram import add_gated_value
+from moeray.deepseek_v4.engram_gate_kernel import add_gated_value_bf16
 
 T, H, D, EPS = 5, 4, 16, 1e-6
 
@@ -49,6 +52,37 @@ def test_bf16_streams_are_off_by_the_rounding_of_the_output_only(inputs: dict[st
     got = add_gated_value(**low, rms_eps=EPS)
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=1e-5)
+
+
+def compiled(streams_THD: torch.Tensor, kv: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    return add_gated_value_bf16(streams_THD, kv, q.float() * k.float(), EPS)
+
+
+@given(num_tokens=st.integers(0, 9), num_streams=st.integers(1, 4), hidden=st.integers(1, 65), seed=st.integers(0, 999))
+def test_the_compiled_gate_rounds_the_formula_once(num_tokens: int, num_streams: int, hidden: int, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    streams = (2 * torch.randn(num_tokens, num_streams, hidden, generator=g)).bfloat16()
+    kv = torch.randn(num_tokens, (num_streams + 1) * hidden, generator=g).bfloat16()
+    q, k = (1 + 0.3 * torch.randn(2, num_streams, hidden, generator=g)).bfloat16()
+    got = compiled(streams, kv, q, k)
+    exact = add_gated_value(streams.double().float(), kv.float(), q.float(), k.float(), EPS)
+    assert got.shape == streams.shape and got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), exact, rtol=2**-8, atol=1e-5)
+    for t in range(num_tokens):
+        assert torch.equal(compiled(streams[t : t + 1], kv[t : t + 1], q, k), got[t : t + 1])
+
+
+def test_the_compiled_gate_takes_a_part_of_the_streams_and_passes_on_what_is_no_number(
+    inputs: dict[str, torch.Tensor],
+) -> None:
+    low = {name: tensor.bfloat16() for name, tensor in inputs.items()}
+    streams, kv, q, k = low["streams_THD"], low["kv"], low["q_weight_HD"], low["k_weight_HD"]
+    whole = compiled(streams, kv, q, k)
+    assert torch.equal(compiled(streams.repeat(1, 1, 2)[..., :D], kv, q, k), whole)
+    streams[1, 2, 3] = torch.nan
+    got = compiled(streams, kv, q, k)
+    want = add_gated_value(streams, kv, q, k, EPS)
+    assert torch.equal(got.isnan(), want.isnan()) and int(got.isnan().sum()) == D
 
 
 def test_the_streams_are_not_written(inputs: dict[str, torch.Tensor]) -> None:
