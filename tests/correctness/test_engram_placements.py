@@ -11,6 +11,8 @@ import torch
 from engines import in_process_engine
 from redis import Redis
 from redis_server import RedisServer
+from transport_peers import eventually
+from vllm import SamplingParams
 
 from moeray.config import EngramConfig
 from moeray.deepseek_v4 import Checkpoint
@@ -52,6 +54,25 @@ def test_an_engine_with_its_rows_in_redis_says_the_same_also_when_redis_is_gone(
         assert client.dbsize() > 0
         assert client.info("commandstats")["cmdstat_mget"]["calls"] > 2
         server.kill()
+        assert torch.equal(engine.teacher_forced(PROMPT).chosen_T, want.chosen_T)
+
+
+def test_rows_of_a_prompt_that_waits_are_brought_before_a_step_needs_them(server: RedisServer) -> None:
+    model = locate("moeray-tiny")
+    with in_process_engine(model) as engine:
+        want = engine.teacher_forced(PROMPT)
+    client = Redis.from_url(server.url)
+    redis = EngramConfig("redis", redis_url=server.url)
+    with in_process_engine(model, settings={"engram": redis}) as engine:
+        engine.teacher_forced(PROMPT)
+    with in_process_engine(model, settings={"engram": redis}) as engine:
+        client.config_resetstat()
+        engine.engine.add_request("waits", {"prompt_token_ids": PROMPT}, SamplingParams(max_tokens=1))
+        layers = engine.engine.apply_model(lambda model: len(model.engram_rows._hot))[0]
+        assert eventually(lambda: client.info("commandstats").get("cmdstat_mget", {}).get("calls", 0) == layers)
+        while engine.engine.has_unfinished_requests():
+            engine.engine.step()
+        assert client.info("commandstats")["cmdstat_mget"]["calls"] == layers
         assert torch.equal(engine.teacher_forced(PROMPT).chosen_T, want.chosen_T)
 
 

@@ -22,7 +22,7 @@ from moeray.kv_cache.breaker import Breaker
 logger = logging.getLogger(__name__)
 
 MAX_QUEUED = 4
-"""Prefetches and pages to be stored that wait; what comes while there are so many is left."""
+"""Pages to be stored that wait; what comes while there are so many is left."""
 
 
 class RedisRows:
@@ -57,8 +57,14 @@ class RedisRows:
         return _Asked([self._begin(layer, rows_TC) for layer, rows_TC in enumerate(rows_LTC)])
 
     def prefetch(self, rows_LTC: IntArray) -> None:
-        """Make them hot, in a thread; not if several prompts are waiting for that."""
-        self._later(self._warm, rows_LTC.copy())
+        """Make them hot."""
+        for layer, rows_TC in enumerate(rows_LTC):
+            cold = self._hot[layer].missing(np.unique(rows_TC))
+            if len(cold):
+                try:
+                    self._fetch(layer, cold)
+                except RowsUnavailable as error:
+                    logger.debug("not prefetched: %s", error)  # whoever asks for them gets the error
 
     def close(self) -> None:
         for executor in (self._fetching, self._beside):
@@ -121,15 +127,6 @@ class RedisRows:
             scales[absent] = mapped_scales[rows]
         if self._breaker.is_closed:
             self._later(self._store, layer, np.unique(rows // self._pages.rows_per_key))
-
-    def _warm(self, rows_LTC: IntArray) -> None:
-        for layer, rows_TC in enumerate(rows_LTC):
-            cold = self._hot[layer].missing(np.unique(rows_TC))
-            if len(cold):
-                try:
-                    self._fetch(layer, cold)
-                except RowsUnavailable as error:
-                    logger.debug("not prefetched: %s", error)  # whoever asks for them gets the error
 
     def _store(self, layer: int, pages_P: IntArray) -> None:
         try:

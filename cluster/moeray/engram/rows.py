@@ -55,7 +55,10 @@ class EngramRows(Protocol):
         """
 
     def prefetch(self, rows_LTC: IntArray) -> None:
-        """Rows that a step will ask for soon (a prompt in the queue); returns at once, and may do nothing."""
+        """Bring rows that a step will ask for soon (a prompt in the queue) nearer; may take its time, or do nothing.
+
+        From any thread but the one that asks.
+        """
 
     def close(self) -> None:
         """Give back memory, threads and connections; idempotent."""

@@ -89,7 +89,7 @@ class ServedRows:
         return self._flight
 
     def prefetch(self, rows_LTC: IntArray) -> None:
-        """Nothing: the servers have their rows in memory."""
+        """Nothing: the servers have their rows in memory, and what they send has no place here before its step."""
 
     def close(self) -> None:
         self._carrier.shutdown(wait=True)

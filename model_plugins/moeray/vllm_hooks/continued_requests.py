@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +113,7 @@ def _wrap(owner: type, name: str, around: Callable[[Callable[..., Any]], Callabl
     is_classmethod = isinstance(original, classmethod)
     function = original.__func__ if is_classmethod else original
     if not getattr(function, "continues_requests", False):
-        wrapped: Any = around(function)
+        wrapped: Any = functools.wraps(function)(around(function))  # with the marks of who wrapped it before
         wrapped.continues_requests = True
         setattr(owner, name, classmethod(wrapped) if is_classmethod else wrapped)
 

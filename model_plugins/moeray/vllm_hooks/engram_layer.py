@@ -21,6 +21,7 @@ from moeray.deepseek_v4.engram_table import EngramTable, table_name
 from moeray.deepseek_v4.errors import CheckpointError
 from moeray.engram import AskedRows, EngramRows, StoredRows, Table
 from moeray.vllm_hooks.engram_placement import open_rows
+from moeray.vllm_hooks.prompt_prefetch import PromptPrefetch, follow, pays
 from moeray.vllm_hooks.settings import shard_settings
 
 _TOKENIZER_FILE = "tokenizer.json"
@@ -90,7 +91,10 @@ class EngramStep:
             layer.engram = EngramLayer(config, layout, table, f"model.layers.{layer_id}.engram")
             layer.register_forward_pre_hook(self._hook(index))
             tables.append(table.bytes)
-        self.rows: EngramRows = open_rows(shard_settings(vllm_config), checkpoint, layout, tables)
+        settings = shard_settings(vllm_config)
+        self.rows: EngramRows = open_rows(settings, checkpoint, layout, tables)
+        waits = settings is not None and pays(settings.engram)
+        follow(PromptPrefetch(self.hash, self.rows).add if waits else None)
 
     def begin(self, input_ids_T: Tensor, starts_R1: Tensor, lookback_RB: Tensor) -> None:
         """Ask for the rows of the coming forward pass (arguments as of `NgramHash.rows`); nobody waits for them yet."""

@@ -48,6 +48,17 @@ def kib_of(pid: int, file: Path) -> dict[str, int]:
     return found
 
 
+def test_prefetched_rows_are_read_and_no_others(file: Path) -> None:
+    values = np.asarray(np.memmap(file, np.uint8, mode="r", shape=(ROWS, ROW_BYTES)))
+    tables = LocalTables([Table(values, None)])
+    before = kib_of(os.getpid(), file)["Rss"]
+    tables.prefetch(np.arange(ROWS // 2).reshape(1, 1, -1))
+    read = kib_of(os.getpid(), file)["Rss"]
+    assert before < TABLE_KIB / 10 and TABLE_KIB / 2 <= read < TABLE_KIB * 0.6
+    tables.prefetch(np.arange(ROWS).reshape(1, -1, 1))
+    assert kib_of(os.getpid(), file)["Rss"] >= TABLE_KIB
+
+
 def test_two_processes_hold_one_copy(file: Path) -> None:
     command = [sys.executable, "-c", READER, str(file), str(ROWS), str(ROW_BYTES)]
     readers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)]
