@@ -7,6 +7,7 @@ in FILE with `.facts.json` for its suffix.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -66,9 +67,9 @@ def spread(ratios: Sequence[float]) -> dict[str, float]:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The value below which `percent` of them lie (nearest rank)."""
+    """The smallest value that `percent` of them do not exceed (nearest rank)."""
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
+    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
 
 
 def _cpu_name() -> str:
