@@ -24,7 +24,7 @@ def test_a_spread_is_the_median_between_its_extremes() -> None:
 
 
 def test_a_percentile_is_one_of_the_values() -> None:
-    values = list(range(100))
+    values = list(range(1, 101))
     assert records.percentile(values, 99) == 99
     assert records.percentile(values, 50) == 50
     assert records.percentile([7.0], 99) == 7.0
