@@ -8,7 +8,7 @@ a turn, above 1 `device` is slower.
 
 gather: rows per second of a generated table of random bytes, rows of 256 FP8 values and 8 scales as DeepSeek-V4.1 has
 them, 48 rows a token at random: out of the mapped file, out of private memory, and the floor: copying as many bytes in
-one piece. `us_per_token` includes turning FP8 into bf16.
+one piece. `us_per_token` includes turning FP8 into bf16. `small_pages`: times as long from a map without huge pages.
 
 gate: adding the gated value to four bf16 streams of 4,096 in the compiled pass, beside the formula in torch, and the
 floor: copying as many bytes as are read and written.
@@ -19,6 +19,8 @@ memory: two processes that read every row of the same file: RSS and PSS of their
 from __future__ import annotations
 
 import argparse
+import mmap
+import os
 import statistics
 import subprocess
 import sys
@@ -170,8 +172,10 @@ def generate(file: Path, num_bytes: int) -> None:
     print(f"generated a table of {num_bytes / GIB:.0f} GiB", flush=True)
 
 
-def table_of(file: Path, rows: int) -> Table:
-    whole = np.memmap(file, np.uint8, mode="r")
+def table_of(file: Path, rows: int, advice: int) -> Table:
+    mapped = mmap.mmap(os.open(file, os.O_RDONLY), 0, prot=mmap.PROT_READ)
+    mapped.madvise(advice)
+    whole = np.frombuffer(mapped, np.uint8)
     values = np.asarray(whole[: rows * WIDTH]).reshape(rows, WIDTH)
     return Table(values, np.asarray(whole[rows * WIDTH : rows * ROW_BYTES]).reshape(rows, BLOCKS))
 
@@ -181,8 +185,8 @@ def gathering(file: Path, num_bytes: int, effort: Effort, *, with_copy: bool) ->
     began = time.perf_counter()
     prefault([FileRange(file, 0, rows * ROW_BYTES)], lambda *_: None)
     prefault_s = time.perf_counter() - began
-    mapped = table_of(file, rows)
-    tables = {"mapped": mapped, **({"private": mapped.copied()} if with_copy else {})}
+    mapped, small = (table_of(file, rows, each) for each in (mmap.MADV_HUGEPAGE, mmap.MADV_NOHUGEPAGE))
+    tables = {"mapped": mapped, "small": small, **({"private": mapped.copied()} if with_copy else {})}
     found: list[records.Record] = []
     for tokens in STEP_TOKENS:
         seconds = gather_in_turn(tables, rows, tokens * ROWS_PER_TOKEN, effort.repeats)
@@ -193,6 +197,7 @@ def gathering(file: Path, num_bytes: int, effort: Effort, *, with_copy: bool) ->
             "tokens": tokens,
             "rows_per_s": round(tokens * ROWS_PER_TOKEN / of_map),
             "us_per_token": round(1e6 * of_map / tokens, 2),
+            "small_pages": round(statistics.median(seconds["small"]) / of_map, 2),
             "times_memcpy": round(of_map / statistics.median(seconds["memcpy"]), 1),
             "prefault_gib_per_s": round(num_bytes / GIB / prefault_s, 2),
         }
@@ -204,7 +209,8 @@ def gathering(file: Path, num_bytes: int, effort: Effort, *, with_copy: bool) ->
         found.append(record)
         print(
             f"gather, {record['table_gib']} GiB, {tokens} tokens: {record['rows_per_s'] / 1e6:.2f} M rows/s, "
-            f"{record['us_per_token']} us per token, {record['times_memcpy']} x memcpy{beside}",
+            f"{record['us_per_token']} us per token, {record['times_memcpy']} x memcpy, "
+            f"{record['small_pages']} x as long from small pages{beside}",
             flush=True,
         )
     return found
@@ -218,8 +224,8 @@ def gather_in_turn(tables: dict[str, Table], rows: int, count: int, repeats: int
     gather = gather_fp8()
     seconds: dict[str, list[float]] = {name: [] for name in (*tables, "memcpy")}
     for _ in range(repeats):
-        index = random.integers(0, rows, count)
         for name, table in tables.items():
+            index = random.integers(0, rows, count)  # two maps have the same bytes in the cores' caches
             began = time.perf_counter()
             gather(table.values, table.scales, index, products(), out)
             seconds[name].append(time.perf_counter() - began)

@@ -165,10 +165,19 @@ def engram_table(found: list[Record]) -> str:
     """One line per table and step."""
     rows = [
         [*(each[key] for key in ("table_gib", "tokens")), f"{each['rows_per_s'] / 1e6:.2f}",
-         *(each[key] for key in ("us_per_token", "times_memcpy")), _ratio(each) if "ratio" in each else ""]
+         *(each[key] for key in ("us_per_token", "times_memcpy", "small_pages")),
+         _ratio(each) if "ratio" in each else ""]
         for each in found if each["bench"] == "gather"
     ]  # fmt: skip
-    head = ["table, GiB", "tokens a step", "M rows/s", "us per token", "x memcpy", "speed, mapped / private"]
+    head = [
+        "table, GiB",
+        "tokens a step",
+        "M rows/s",
+        "us per token",
+        "x memcpy",
+        "x with small pages",
+        "speed, mapped / private",
+    ]
     decode = [
         [*(each[key] for key in ("placement", "batch", "tokens_per_s")), _ratio(each)]
         for each in found if each["bench"] == "decode"
