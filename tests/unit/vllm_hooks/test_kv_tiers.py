@@ -183,3 +183,17 @@ def test_a_redis_that_dies_ends_the_fetch_with_what_came_and_is_left_alone(bench
         assert not bench.finished().success
     assert not bench.tier.breaker.is_closed and bench.tier.counts.failures >= FAILURES
     assert bench.tier.counts.missing_blocks == 24 * FAILURES
+
+
+@pytest.mark.parametrize("bench", [1.0], indirect=True)
+def test_a_redis_that_says_what_it_has_and_never_sends_it_is_left_alone(bench: Bench) -> None:
+    """As where small packets pass and large ones do not."""
+    assert bench.store(NAMES).success
+    for _ in range(FAILURES):
+        bench.signal(signal.SIGCONT)
+        assert bench.tier.has(NAMES) == [True] * 24
+        bench.signal(signal.SIGSTOP)
+        bench.tier.submit_load(bench.job(NAMES, list(range(24))))
+        assert not bench.finished().success
+    bench.signal(signal.SIGCONT)
+    assert not bench.tier.breaker.is_closed
