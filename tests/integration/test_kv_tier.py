@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,24 @@ def test_what_one_engine_computed_another_fetches_with_the_same_bits(
             assert same(answer, alone[seed])
             assert answer.num_cached == 1024, report(second)
         assert report(second)["choices"]["faster"] >= 4
+
+
+def test_a_prefix_that_does_not_fit_into_the_staging_region_is_not_fetched_in_vain(
+    tmp_path: Path, alone: dict[int, Answer]
+) -> None:
+    """Its first blocks would be there when its last ones have pushed them out."""
+    roomy = KvCacheConfig(host_bytes=HOST_BYTES, host_directory=str(tmp_path), staging_bytes=STAGING_BYTES)
+    with engine_with(roomy) as first:
+        ask(first, prompt_of(LENGTH, seed=1))
+        settle(first)
+    with engine_with(replace(roomy, staging_bytes=2 << 20)) as second:  # 22 blocks; the prompt's prefix is 26
+        (tier,) = second.scheduler.connector.tiers
+        ask(second, prompt_of(LENGTH, seed=2))
+        tier.cost.observe(tier.block_size_bytes, 1e-4)  # a fetch would be chosen
+        for _ in range(3):
+            assert same(ask(second, prompt_of(LENGTH, seed=1)), alone[1])
+            forget(second)
+        assert report(second)["choices"] == {"nothing": 4} and tier.counts.fetched_blocks == 0
 
 
 def test_the_next_turn_of_a_chat_fetches_the_last_turns_answer(tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ class KvTierConnector(OffloadingConnector):  # type: ignore[misc, unused-ignore]
         }
         ask = partial(
             probe, groups, num_computed, request.num_tokens, here.__contains__,
-            {tier.kind: tier.has for tier in self.tiers}, self._block_bytes,
+            {tier.kind: tier.has for tier in self.tiers}, self._block_bytes, primary._num_chunks,
         )  # fmt: skip
         prompt = _Prompt(self._probing.submit(ask), monotonic() + PROBE_S)
         self._prompts[request.request_id] = prompt

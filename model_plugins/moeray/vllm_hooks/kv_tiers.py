@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_QUEUED_SHARE = 0.5
-"""Stores that wait may hold so much of the staging region; more are dropped, so that fetches find room."""
+"""Stores that wait may hold so much of the staging region; more are dropped, so that fetches find room. A step's
+blocks that are more than that alone are kept where nothing else waits: else they would never be."""
 BATCH_BLOCKS = 16
 """Blocks of one call of a store: between calls a job that has been given up ends."""
 ASK, LOAD, STORE = "ask", "load", "store"
@@ -154,7 +155,8 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc, unused-ignore]
     def submit_store(self, job_metadata: TransferJob) -> None:
         names, rows = list[bytes](job_metadata.keys), [int(row) for row in job_metadata.chunk_ids]
         waiting = sum(blocks for _, blocks in self._stores.values())
-        if not self.breaker.allows() or waiting + len(names) > MAX_QUEUED_SHARE * self._num_rows:
+        is_full = waiting and waiting + len(names) > MAX_QUEUED_SHARE * self._num_rows
+        if is_full or not self.breaker.allows():  # the breaker last: what it lets through must have a verdict
             self.counts.dropped_blocks += len(names)
             self._failed_at_once.append(job_metadata.job_id)
             return
