@@ -168,6 +168,33 @@ def test_another_tenants_salt_finds_nothing(tmp_path: Path) -> None:
         assert cached == {"a1": 0, "a2": 1024, "b1": 0}
 
 
+def test_a_prompt_that_waits_for_room_on_the_device_does_not_ask_the_stores_in_every_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_connector, "SETTLED_S", 3600.0)
+    kv_cache = KvCacheConfig(host_bytes=HOST_BYTES, host_directory=str(tmp_path), staging_bytes=STAGING_BYTES)
+    with engine_with(kv_cache) as engine:
+        warm(engine)
+        ask(engine, prompt_of(LENGTH, seed=45))
+        forget(engine)
+        (tier,) = engine.scheduler.connector.tiers
+        has, asked, before = tier.has, [], sum(report(engine)["choices"].values())
+        monkeypatch.setattr(tier, "has", lambda names: asked.append(len(names)) or has(names))
+        give_back = engine.take_blocks()
+        engine.add(prompt_of(LENGTH, seed=45), 1)
+        deadline, prompts = time.monotonic() + SETTLE_S, engine.scheduler.connector._prompts
+        while not any(prompt.settled for prompt in prompts.values()):
+            engine.engine.step()
+            assert time.monotonic() < deadline
+        num_asked = len(asked)
+        for _ in range(20):
+            engine.engine.step()
+        give_back()
+        engine.finish()
+        assert len(asked) == num_asked > 0 and not prompts
+        assert sum(report(engine)["choices"].values()) == before + 1
+
+
 def test_a_prompt_is_computed_where_the_store_is_slower_and_the_reason_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: dict[int, Answer]
 ) -> None:
