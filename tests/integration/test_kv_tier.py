@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,24 @@ def test_what_one_engine_computed_another_fetches_with_the_same_bits(
         assert report(second)["choices"]["faster"] >= 4
 
 
+def test_a_prefix_that_does_not_fit_into_the_staging_region_is_not_fetched_in_vain(
+    tmp_path: Path, alone: dict[int, Answer]
+) -> None:
+    """Its first blocks would be there when its last ones have pushed them out."""
+    roomy = KvCacheConfig(host_bytes=HOST_BYTES, host_directory=str(tmp_path), staging_bytes=STAGING_BYTES)
+    with engine_with(roomy) as first:
+        ask(first, prompt_of(LENGTH, seed=1))
+        settle(first)
+    with engine_with(replace(roomy, staging_bytes=2 << 20)) as second:  # 22 blocks; the prompt's prefix is 26
+        (tier,) = second.scheduler.connector.tiers
+        ask(second, prompt_of(LENGTH, seed=2))
+        tier.cost.observe(tier.block_size_bytes, 1e-4)  # a fetch would be chosen
+        for _ in range(3):
+            assert same(ask(second, prompt_of(LENGTH, seed=1)), alone[1])
+            forget(second)
+        assert report(second)["choices"] == {"nothing": 4} and tier.counts.fetched_blocks == 0
+
+
 def test_the_next_turn_of_a_chat_fetches_the_last_turns_answer(tmp_path: Path) -> None:
     kv_cache = KvCacheConfig(host_bytes=HOST_BYTES, host_directory=str(tmp_path), staging_bytes=STAGING_BYTES)
     with engine_with(kv_cache) as engine:
@@ -147,6 +166,33 @@ def test_another_tenants_salt_finds_nothing(tmp_path: Path) -> None:
                     cached[name] = output.num_cached_tokens
             forget(engine)
         assert cached == {"a1": 0, "a2": 1024, "b1": 0}
+
+
+def test_a_prompt_that_waits_for_room_on_the_device_does_not_ask_the_stores_in_every_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_connector, "SETTLED_S", 3600.0)
+    kv_cache = KvCacheConfig(host_bytes=HOST_BYTES, host_directory=str(tmp_path), staging_bytes=STAGING_BYTES)
+    with engine_with(kv_cache) as engine:
+        warm(engine)
+        ask(engine, prompt_of(LENGTH, seed=45))
+        forget(engine)
+        (tier,) = engine.scheduler.connector.tiers
+        has, asked, before = tier.has, [], sum(report(engine)["choices"].values())
+        monkeypatch.setattr(tier, "has", lambda names: asked.append(len(names)) or has(names))
+        give_back = engine.take_blocks()
+        engine.add(prompt_of(LENGTH, seed=45), 1)
+        deadline, prompts = time.monotonic() + SETTLE_S, engine.scheduler.connector._prompts
+        while not any(prompt.settled for prompt in prompts.values()):
+            engine.engine.step()
+            assert time.monotonic() < deadline
+        num_asked = len(asked)
+        for _ in range(20):
+            engine.engine.step()
+        give_back()
+        engine.finish()
+        assert len(asked) == num_asked > 0 and not prompts
+        assert sum(report(engine)["choices"].values()) == before + 1
 
 
 def test_a_prompt_is_computed_where_the_store_is_slower_and_the_reason_is_told(

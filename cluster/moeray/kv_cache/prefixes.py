@@ -76,6 +76,7 @@ def probe(
     resident: Callable[[bytes], bool],
     stores: Mapping[str, Has],
     block_bytes: int,
+    room_blocks: int,
 ) -> Prefixes:
     """Ask the stores, in this order, what they have of a prompt.
 
@@ -86,6 +87,7 @@ def probe(
         resident: whether the engine's own host memory has a block.
         stores: name -> which of these keys it has.
         block_bytes: of every block.
+        room_blocks: of the engine's own host memory. A prefix passes through it whole, so a longer one is none.
     """
     known = _Known(resident, stores)
     full = [group for group in groups if group.window_of is None]
@@ -103,6 +105,8 @@ def probe(
         end = end // align * align
         longest = max(longest, end)
         end = _with_windows(groups, num_computed, end, align, known, allowed)
+        while _num_needed(groups, num_computed, end) > room_blocks:
+            end = _with_windows(groups, num_computed, end - align, align, known, allowed)
         if end <= num_computed or (options and end <= options[-1].tokens):
             continue
         needed = [key for group in groups for key in _needed(group, num_computed, end)]
@@ -134,6 +138,11 @@ def _needed(group: GroupKeys, start: int, end: int) -> Sequence[bytes]:
     if group.window_of is not None:
         first = max(first, last - group.window_of(end))
     return group.keys[first:last]
+
+
+def _num_needed(groups: Sequence[GroupKeys], start: int, end: int) -> int:
+    """Blocks of a prefix that ends at `end`, without what the device has; 0 if that is all of it."""
+    return sum(len(_needed(group, start, end)) for group in groups) if end > start else 0
 
 
 def _with_windows(

@@ -34,14 +34,17 @@ LEAST_FETCH_S = 0.05
 MEASURE_S = 30.0
 """A store that has what prompts need, and is found too slow, is tried again after so long."""
 MEASURE_BLOCKS = 16
+SETTLED_S = 1.0
+"""What was decided for a prompt that waits for room on the device holds so long: asking anew would delay every step."""
 REST_S = 0.001
 
 
 @dataclass(slots=True)
 class _Prompt:
-    """A request between its arrival at the scheduler and the end of its fetch.
+    """A request between its arrival at the scheduler and its blocks on the device.
 
     Attributes:
+        settled: monotonic; when vLLM was told what can be fetched. None: not yet.
         junction: how long the longest beginning is that somebody else's prompt had, too.
     """
 
@@ -49,6 +52,7 @@ class _Prompt:
     deadline: float
     chosen: Choice | None = None
     junction: int = 0
+    settled: float | None = None
 
 
 class KvTierConnector(OffloadingConnector):  # type: ignore[misc, unused-ignore]
@@ -87,7 +91,7 @@ class KvTierConnector(OffloadingConnector):  # type: ignore[misc, unused-ignore]
             return super().get_num_new_matched_tokens(request, num_computed_tokens)
         status = self.scheduler._req_status[request.request_id]
         prompt = self._prompts.get(request.request_id)
-        if prompt is None:
+        if prompt is None or (prompt.settled is not None and monotonic() > prompt.settled + SETTLED_S):
             prompt = self._begin(request, status, num_computed_tokens)
             wait([prompt.probing], AT_ONCE_S)
         if prompt.chosen is None:
@@ -97,9 +101,16 @@ class KvTierConnector(OffloadingConnector):  # type: ignore[misc, unused-ignore]
         # Somebody's prompt began like this one. If no window was left there, this one leaves it for all that come.
         request.shared_prefix_boundary = max(request.shared_prefix_boundary, prompt.junction)
         found = super().get_num_new_matched_tokens(request, num_computed_tokens)
-        if found[0] is not None:
-            self._fetched(request, num_computed_tokens, found[0])
+        if found[0] is not None and prompt.settled is None:
+            prompt.settled = monotonic()
         return found
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        prompt = self._prompts.pop(request.request_id, None)
+        if prompt is not None and prompt.chosen is not None:
+            self.reasons[prompt.chosen.reason] += 1
+            self.fetched_tokens += num_external_tokens
+        super().update_state_after_alloc(request, blocks, num_external_tokens)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         self._prompts.pop(request.request_id, None)
@@ -201,7 +212,7 @@ class KvTierConnector(OffloadingConnector):  # type: ignore[misc, unused-ignore]
         }
         ask = partial(
             probe, groups, num_computed, request.num_tokens, here.__contains__,
-            {tier.kind: tier.has for tier in self.tiers}, self._block_bytes,
+            {tier.kind: tier.has for tier in self.tiers}, self._block_bytes, primary._num_chunks,
         )  # fmt: skip
         prompt = _Prompt(self._probing.submit(ask), monotonic() + PROBE_S)
         self._prompts[request.request_id] = prompt
@@ -216,7 +227,6 @@ class KvTierConnector(OffloadingConnector):  # type: ignore[misc, unused-ignore]
         if not prompt.probing.done() or (error := prompt.probing.exception()) is not None:
             if prompt.probing.done():
                 logger.error("the stores of KV blocks could not be asked: %r", error)
-            self.reasons["unanswered"] += 1
             prompt.chosen = Choice(None, None, None, "unanswered")
             status.max_load_tokens = 0
             return
@@ -224,7 +234,6 @@ class KvTierConnector(OffloadingConnector):  # type: ignore[misc, unused-ignore]
         compute_s = partial(self.cost.predict, step_tokens=self._step_tokens)
         costs: dict[str, Callable[[int], float | None]] = {tier.kind: tier.cost.predict for tier in self.tiers}
         prompt.chosen = choice = choose(prefixes.options, num_computed, compute_s, costs)
-        self.reasons[choice.reason] += 1
         prompt.junction = prefixes.longest_full
         if choice.option is None:
             status.max_load_tokens = 0
@@ -244,10 +253,6 @@ class KvTierConnector(OffloadingConnector):  # type: ignore[misc, unused-ignore]
             names = prefixes.names.get(tier.kind)
             if names and (not tier.cost.num_observed or monotonic() - tier.last_fetch > MEASURE_S):
                 tier.measure(sorted(names)[:MEASURE_BLOCKS])
-
-    def _fetched(self, request: Any, num_computed: int, num_fetched: int) -> None:
-        self._prompts.pop(request.request_id, None)
-        self.fetched_tokens += num_fetched
 
 
 def _window(config: Any, end: int) -> int:

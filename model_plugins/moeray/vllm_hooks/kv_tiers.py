@@ -27,9 +27,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_QUEUED_SHARE = 0.5
-"""Stores that wait may hold so much of the staging region; more are dropped, so that fetches find room."""
+"""Stores that wait may hold so much of the staging region; more are dropped, so that fetches find room. A step's
+blocks that are more than that alone are kept where nothing else waits: else they would never be."""
 BATCH_BLOCKS = 16
 """Blocks of one call of a store: between calls a job that has been given up ends."""
+ASK, LOAD, STORE = "ask", "load", "store"
+"""Kinds of calls, as the breaker counts them."""
 
 
 @dataclass(slots=True)
@@ -128,9 +131,9 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc, unused-ignore]
         try:
             found = self.store.has(names)
         except StoreFailed as error:
-            self._failed(error)
+            self._failed(error, ASK)
             return [False] * len(names)
-        self.breaker.succeeded()
+        self.breaker.succeeded(ASK)
         return found
 
     def measure(self, names: Sequence[bytes]) -> None:
@@ -152,7 +155,8 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc, unused-ignore]
     def submit_store(self, job_metadata: TransferJob) -> None:
         names, rows = list[bytes](job_metadata.keys), [int(row) for row in job_metadata.chunk_ids]
         waiting = sum(blocks for _, blocks in self._stores.values())
-        if not self.breaker.allows() or waiting + len(names) > MAX_QUEUED_SHARE * self._num_rows:
+        is_full = waiting and waiting + len(names) > MAX_QUEUED_SHARE * self._num_rows
+        if is_full or not self.breaker.allows():  # the breaker last: what it lets through must have a verdict
             self.counts.dropped_blocks += len(names)
             self._failed_at_once.append(job_metadata.job_id)
             return
@@ -173,7 +177,7 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc, unused-ignore]
         for job_id, (future, _) in list(self._stores.items()):
             if future.done():
                 del self._stores[job_id]
-                self._check(future)
+                self._check(future, STORE)
                 yield JobResult(job_id, future.exception() is None)
         for load in list(self._loads.values()):
             if load.future is not None and (load.future.done() or monotonic() > load.deadline):
@@ -209,9 +213,9 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc, unused-ignore]
                 kept += self.store.store(names[part], [self._row(row) for row in rows[part]])
             except StoreFailed as error:
                 self.counts.dropped_blocks += len(names) - first
-                self._failed(error)
+                self._failed(error, STORE)
                 raise
-        self.breaker.succeeded()
+        self.breaker.succeeded(STORE)
         self.counts.stored_blocks += kept
         return kept
 
@@ -229,9 +233,9 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc, unused-ignore]
                             self._row(row)[:] = block
                             load.loaded.append(name)
             except StoreFailed as error:
-                self._failed(error)
+                self._failed(error, LOAD)
                 return
-        self.breaker.succeeded()
+        self.breaker.succeeded(LOAD)
         self._observe(len(load.loaded), load.started)
         if load.loaded:
             self._storing.submit(self.store.touch, load.loaded)  # the fetch has ended: nobody waits for this
@@ -246,9 +250,9 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc, unused-ignore]
         try:
             found = sum(block is not None for block in self.store.load(names))
         except StoreFailed as error:
-            self._failed(error)
+            self._failed(error, LOAD)
             return
-        self.breaker.succeeded()
+        self.breaker.succeeded(LOAD)
         self._observe(found, started)
 
     # ---- what came of it
@@ -261,11 +265,11 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc, unused-ignore]
             loaded: tuple[Any, ...] = tuple(load.loaded)
         self.last_fetch = monotonic()
         if not load.given_up:
-            self._check(load.future)
+            self._check(load.future, LOAD)
         else:
             load.future.cancel()  # if it waits for another: it would only be in the way
             self.counts.given_up += 1
-            self.breaker.failed(f"a fetch of {len(load.names)} blocks took longer than computing them")
+            self.breaker.failed(f"a fetch of {len(load.names)} blocks took longer than computing them", LOAD)
         self.counts.fetched_blocks += len(loaded)
         self.counts.fetched_bytes += len(loaded) * self.block_size_bytes
         missing = set(load.names).difference(loaded)
@@ -280,16 +284,16 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc, unused-ignore]
             len(loaded) * self.block_size_bytes,
         )
 
-    def _check(self, future: Future[Any]) -> None:
+    def _check(self, future: Future[Any], kind: str) -> None:
         """What no store should raise must not be silent, nor repeated for ever."""
         error = future.exception()
         if error is not None and not isinstance(error, StoreFailed):
             logger.error("KV store %s: %r", self.kind, error, exc_info=error)
-            self._failed(error)
+            self._failed(error, kind)
 
-    def _failed(self, error: BaseException) -> None:
+    def _failed(self, error: BaseException, kind: str) -> None:
         self.counts.failures += 1
-        if self.breaker.failed(str(error)):
+        if self.breaker.failed(str(error), kind):
             logger.warning("KV store %s is not used for now: %s", self.kind, error)
 
 

@@ -114,3 +114,36 @@ def test_of_many_threads_one_tries() -> None:
     for thread in threads:
         thread.join()
     assert sum(allowed) == 1
+
+
+def test_a_store_that_answers_questions_but_never_hands_over_is_left_alone() -> None:
+    clock = Clock()
+    breaker = Breaker(clock)
+    for _ in range(FAILURES):
+        assert breaker.is_closed
+        breaker.succeeded("ask")
+        breaker.failed("nothing came", "load")
+    assert not breaker.is_closed
+
+
+@given(st.integers(1, 20))
+def test_calls_of_another_kind_let_it_back_for_one_failure_and_each_rest_is_twice_as_long(num_returns: int) -> None:
+    clock = Clock()
+    breaker, rest_s = Breaker(clock), FIRST_REST_S
+    for _ in range(FAILURES):
+        breaker.failed("nothing came", "load")
+    for _ in range(num_returns):
+        clock.now += rest_s * 0.99
+        assert not breaker.allows()
+        clock.now += rest_s * 0.02
+        assert breaker.allows()
+        breaker.succeeded("ask")
+        assert breaker.is_closed
+        assert breaker.failed("nothing came", "load")
+        rest_s = min(LONGEST_REST_S, 2 * rest_s)
+    clock.now += rest_s
+    assert breaker.allows()
+    breaker.succeeded("load")
+    assert [breaker.failed("new", "load") for _ in range(FAILURES)] == [False] * (FAILURES - 1) + [True]
+    clock.now += FIRST_REST_S
+    assert breaker.allows()

@@ -159,6 +159,12 @@ def test_stores_that_wait_never_hold_more_than_their_share_of_the_region(bench: 
     assert [result.success for result in bench.tier.get_finished_jobs()] == [True] * 4
 
 
+def test_a_step_with_more_blocks_than_that_share_is_kept_where_nothing_else_waits(bench: Bench) -> None:
+    many = names_of(NUM_ROWS - 1)
+    assert bench.store(many).success
+    assert bench.tier.has(many) == [True] * len(many)
+
+
 @pytest.mark.parametrize("bench", [0.5], indirect=True)
 def test_a_store_that_succeeds_brings_back_a_redis_that_was_left_alone(bench: Bench) -> None:
     """An engine that only stores must not use up the tries and never say how they went."""
@@ -183,3 +189,17 @@ def test_a_redis_that_dies_ends_the_fetch_with_what_came_and_is_left_alone(bench
         assert not bench.finished().success
     assert not bench.tier.breaker.is_closed and bench.tier.counts.failures >= FAILURES
     assert bench.tier.counts.missing_blocks == 24 * FAILURES
+
+
+@pytest.mark.parametrize("bench", [1.0], indirect=True)
+def test_a_redis_that_says_what_it_has_and_never_sends_it_is_left_alone(bench: Bench) -> None:
+    """As where small packets pass and large ones do not."""
+    assert bench.store(NAMES).success
+    for _ in range(FAILURES):
+        bench.signal(signal.SIGCONT)
+        assert bench.tier.has(NAMES) == [True] * 24
+        bench.signal(signal.SIGSTOP)
+        bench.tier.submit_load(bench.job(NAMES, list(range(24))))
+        assert not bench.finished().success
+    bench.signal(signal.SIGCONT)
+    assert not bench.tier.breaker.is_closed
