@@ -259,6 +259,24 @@ def test_a_bad_redis_costs_no_request_and_changes_no_answer(
         assert redis.process is None or redis.process.poll() is None
 
 
+def test_of_prompts_that_arrive_together_one_holds_up_the_step_for_a_store_that_hangs(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kv_cache = KvCacheConfig(host_bytes=0, redis_url=redis.url, staging_bytes=STAGING_BYTES, timeout_s=5.0)
+    with engine_with(kv_cache) as engine:
+        ask(engine, prompt_of(700, seed=1))
+        settle(engine)
+        assert redis.process is not None
+        os.kill(redis.process.pid, signal.SIGSTOP)
+        waits, wait = [], kv_connector.wait
+        monkeypatch.setattr(kv_connector, "wait", lambda *told: waits.append(told[1]) or wait(*told))
+        for seed in range(2, 10):
+            engine.add(prompt_of(700, seed), 1)
+        engine.engine.step()
+        assert waits.count(kv_connector.AT_ONCE_S) == 1
+        assert len(engine.finish()) == 8
+
+
 def test_a_redis_that_comes_back_is_used_again(redis: RedisServer, alone: dict[int, Answer]) -> None:
     kv_cache = KvCacheConfig(host_bytes=0, redis_url=redis.url, staging_bytes=STAGING_BYTES)
     with engine_with(kv_cache) as engine:
