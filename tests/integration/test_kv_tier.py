@@ -259,10 +259,10 @@ def test_a_bad_redis_costs_no_request_and_changes_no_answer(
         assert redis.process is None or redis.process.poll() is None
 
 
-def test_of_prompts_that_arrive_together_one_holds_up_the_step_for_a_store_that_hangs(
+def test_prompts_that_arrive_together_while_a_store_hangs_hold_up_one_step_and_leave_no_questions(
     redis: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kv_cache = KvCacheConfig(host_bytes=0, redis_url=redis.url, staging_bytes=STAGING_BYTES, timeout_s=5.0)
+    kv_cache = KvCacheConfig(host_bytes=0, redis_url=redis.url, staging_bytes=STAGING_BYTES, timeout_s=60.0)
     with engine_with(kv_cache) as engine:
         ask(engine, prompt_of(700, seed=1))
         settle(engine)
@@ -274,7 +274,12 @@ def test_of_prompts_that_arrive_together_one_holds_up_the_step_for_a_store_that_
             engine.add(prompt_of(700, seed), 1)
         engine.engine.step()
         assert waits.count(kv_connector.AT_ONCE_S) == 1
-        assert len(engine.finish()) == 8
+        asked, *queued = engine.scheduler.connector._questions()
+        (tier,) = engine.scheduler.connector.tiers
+        num_answers, reason = len(engine.finish()), tier.breaker.reason
+        os.kill(redis.process.pid, signal.SIGCONT)
+        assert num_answers == 8 and "no answer within" in reason
+        assert not asked.cancelled() and all(question.cancelled() for question in queued)
 
 
 def test_a_redis_that_comes_back_is_used_again(redis: RedisServer, alone: dict[int, Answer]) -> None:

@@ -217,7 +217,7 @@ class KvTierConnector(OffloadingConnector):  # type: ignore[misc, unused-ignore]
         }
         ask = partial(
             probe, groups, num_computed, request.num_tokens, here.__contains__,
-            {tier.kind: tier.has for tier in self.tiers}, self._block_bytes, primary._num_chunks,
+            {tier.kind: tier.has for tier in self.tiers}, self._block_bytes, self.tiers[0].num_rows,
         )  # fmt: skip
         prompt = _Prompt(self._probing.submit(ask), monotonic() + PROBE_S)
         self._prompts[request.request_id] = prompt
@@ -232,10 +232,16 @@ class KvTierConnector(OffloadingConnector):  # type: ignore[misc, unused-ignore]
         if not prompt.probing.done() or (error := prompt.probing.exception()) is not None:
             if prompt.probing.done():
                 logger.error("the stores of KV blocks could not be asked: %r", error)
+            else:
+                prompt.probing.cancel()
+                for tier in self.tiers:
+                    tier.kept_waiting(PROBE_S)
             prompt.chosen = Choice(None, None, None, "unanswered")
             status.max_load_tokens = 0
             return
         prefixes = prompt.probing.result()
+        for tier in self.tiers:
+            tier.answered_in_time()
         compute_s = partial(self.cost.predict, step_tokens=self._step_tokens)
         costs: dict[str, Callable[[int], float | None]] = {tier.kind: tier.cost.predict for tier in self.tiers}
         prompt.chosen = choice = choose(prefixes.options, num_computed, compute_s, costs)
