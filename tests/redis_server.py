@@ -6,7 +6,10 @@ import shutil
 import socket
 import subprocess
 import sysconfig
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from moeray.ingress.ports import free_ports
@@ -24,6 +27,36 @@ def missing() -> str | None:
 def nobody() -> str:
     """The URL of a Redis that is not there."""
     return f"redis://{LOOPBACK}:{free_ports(LOOPBACK, 1)[0]}/0"
+
+
+@contextmanager
+def something_else(answer: bytes, every_s: float) -> Iterator[str]:
+    """A server that is no Redis: says so much every so often, whatever it is asked."""
+    stop = threading.Event()
+
+    def serve(listener: socket.socket) -> None:
+        held = []
+        while not stop.is_set():
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            held.append(connection)
+            try:
+                while not stop.wait(every_s) and answer:
+                    connection.sendall(answer)
+            except OSError:
+                continue
+
+    with socket.create_server((LOOPBACK, 0)) as listener:
+        thread = threading.Thread(target=serve, args=(listener,), daemon=True)
+        thread.start()
+        try:
+            yield f"redis://{LOOPBACK}:{listener.getsockname()[1]}/0"
+        finally:
+            stop.set()
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join(WAIT_S)
 
 
 class RedisServer:

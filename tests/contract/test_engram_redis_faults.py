@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import redis_server
 from redis import Redis
-from redis_server import RedisServer
+from redis_server import RedisServer, something_else
 from row_peers import other_tables, require_step, rows_of_step, write_tables
 from transport_peers import eventually
 
@@ -98,6 +98,15 @@ def test_rows_that_were_flushed_are_an_error_or_come_back_from_the_file(
     if has_file:
         assert eventually(lambda: client.dbsize() > 0)
     rows.close()
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b":7\r\n", b"*1\r\n:7\r\n", b"$-7\r\n"])
+def test_what_is_no_redis_brings_no_rows(tables: TableSet, has_file: bool, answer: bytes) -> None:
+    with something_else(answer, 0.02) as url:
+        pages = RedisPages(url, None, tables, rows_per_key=8, timeout_s=TIMEOUT_S)
+        rows = RedisRows(pages, hot_bytes=HOT_BYTES, has_file=has_file)
+        require_files_rows_or_error(tables, rows, has_file, "Redis at")
+        rows.close()
 
 
 def test_a_wrong_password_is_named(tables: TableSet, server: RedisServer, has_file: bool) -> None:

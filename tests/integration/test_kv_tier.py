@@ -259,6 +259,29 @@ def test_a_bad_redis_costs_no_request_and_changes_no_answer(
         assert redis.process is None or redis.process.poll() is None
 
 
+def test_prompts_that_arrive_together_while_a_store_hangs_hold_up_one_step_and_leave_no_questions(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kv_cache = KvCacheConfig(host_bytes=0, redis_url=redis.url, staging_bytes=STAGING_BYTES, timeout_s=60.0)
+    with engine_with(kv_cache) as engine:
+        ask(engine, prompt_of(700, seed=1))
+        settle(engine)
+        assert redis.process is not None
+        os.kill(redis.process.pid, signal.SIGSTOP)
+        waits, wait = [], kv_connector.wait
+        monkeypatch.setattr(kv_connector, "wait", lambda *told: waits.append(told[1]) or wait(*told))
+        for seed in range(2, 10):
+            engine.add(prompt_of(700, seed), 1)
+        engine.engine.step()
+        assert waits.count(kv_connector.AT_ONCE_S) == 1
+        asked, *queued = engine.scheduler.connector._questions()
+        (tier,) = engine.scheduler.connector.tiers
+        num_answers, reason = len(engine.finish()), tier.breaker.reason
+        os.kill(redis.process.pid, signal.SIGCONT)
+        assert num_answers == 8 and "no answer within" in reason
+        assert not asked.cancelled() and all(question.cancelled() for question in queued)
+
+
 def test_a_redis_that_comes_back_is_used_again(redis: RedisServer, alone: dict[int, Answer]) -> None:
     kv_cache = KvCacheConfig(host_bytes=0, redis_url=redis.url, staging_bytes=STAGING_BYTES)
     with engine_with(kv_cache) as engine:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from redis import Redis, RedisError
+from redis import Redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -19,6 +19,7 @@ from moeray.engram.rows import Bytes, IntArray
 from moeray.engram.tables import TableSet
 from moeray.kv_cache.blocks import StoreFailed
 from moeray.kv_cache.frame import header, unframed
+from moeray.kv_cache.redis_blocks import ANSWERED_WRONGLY
 
 PREFIX = "moeray-engram"
 BATCH_KEYS = 4096
@@ -127,9 +128,10 @@ class RedisPages:
         page_bytes, keys = self._page_bytes(layer), self._keys(layer, pages_P)
         with self._saying():
             stored = self._client.mget(keys)
-        pages = [
-            None if each is None else unframed(each, key, page_bytes) for key, each in zip(keys, stored, strict=True)
-        ]
+            pages = [
+                None if each is None else unframed(each, key, page_bytes)
+                for key, each in zip(keys, stored, strict=True)
+            ]
         data = np.frombuffer(b"".join(page for page in pages if page is not None), dtype=np.uint8)
         return [page is not None for page in pages], data.reshape(-1, page_bytes)
 
@@ -158,6 +160,6 @@ class RedisPages:
     def _saying(self) -> Iterator[None]:
         try:
             yield
-        except (RedisError, OSError) as error:
+        except ANSWERED_WRONGLY as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise StoreFailed(f"Redis at {self.where}: {reason}") from error

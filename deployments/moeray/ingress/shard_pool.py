@@ -164,9 +164,16 @@ class ShardPool:
                 self._last_ready = asyncio.get_running_loop().time()
             await link.close()
             self._move_all(shard, Loss.GONE, link.why)
+            self._forget_node(link)
         self.prefixes.forget(shard)
         for known_of in (self._served, self._waiting_since, self._others):
             known_of.pop(shard, None)
+
+    def _forget_node(self, link: ShardLink) -> None:
+        """Of a shard that is gone: what its node's memory has, unless another shard is there to fetch it."""
+        for node in self._node(link):
+            if not any(node in self._node(other) for other in self._links.values()):
+                self.prefixes.forget(node)
 
     async def _retire(self, shard: str) -> None:
         """Let go of one that was leaving and has nothing left, unless it was named again meanwhile."""

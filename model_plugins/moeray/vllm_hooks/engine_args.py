@@ -21,7 +21,7 @@ from moeray.config import ConfigError, KvCacheConfig
 from moeray.deepseek_v4.errors import CheckpointError
 from moeray.deepseek_v4.shape import UNCLAMPED_FAMILIES
 from moeray.vllm_hooks import plugin
-from moeray.vllm_hooks.kv_settings import HASH, model_content, transfer_config
+from moeray.vllm_hooks.kv_settings import HASH, deciding, model_content, transfer_config
 from moeray.vllm_hooks.served_model import ExpertsIn, ServedModel, describe_model
 from moeray.vllm_hooks.settings import ADDITIONAL_CONFIG_KEY, ShardSettings
 
@@ -190,7 +190,7 @@ def _kv_tiers(
         return {}
     algorithm = engine_args.get("prefix_caching_hash_algo", HASH)
     threads = os.environ.get("OMP_NUM_THREADS", "")  # bits of two thread counts differ
-    content = {"weights": weights, "threads": threads, "hash": algorithm}
+    content = {"weights": weights, "threads": threads, "hash": algorithm, "engine": deciding(engine_args)}
     if settings is not None:
         content["rows"] = settings.dispatch_format
     return {"kv_transfer_config": transfer_config(stores, content), "prefix_caching_hash_algo": algorithm}

@@ -92,8 +92,10 @@ class KvTierConnector(OffloadingConnector):  # type: ignore[misc, unused-ignore]
         status = self.scheduler._req_status[request.request_id]
         prompt = self._prompts.get(request.request_id)
         if prompt is None or (prompt.settled is not None and monotonic() > prompt.settled + SETTLED_S):
+            is_first = all(question.done() for question in self._questions())
             prompt = self._begin(request, status, num_computed_tokens)
-            wait([prompt.probing], AT_ONCE_S)
+            if is_first:  # one thread asks: behind another prompt's question there is nothing to hear at once
+                wait([prompt.probing], AT_ONCE_S)
         if prompt.chosen is None:
             if not prompt.probing.done() and monotonic() < prompt.deadline:
                 return None, False
@@ -189,9 +191,12 @@ class KvTierConnector(OffloadingConnector):  # type: ignore[misc, unused-ignore]
 
     def _rest(self) -> None:
         """Nothing can be computed before a thread is done: leave it the interpreter, which an idle loop would hold."""
-        threads = [prompt.probing for prompt in self._prompts.values() if prompt.chosen is None]
-        threads += [job for tier in self.tiers for job in tier.jobs]
+        threads = [*self._questions(), *(job for tier in self.tiers for job in tier.jobs)]
         wait(threads, REST_S, FIRST_COMPLETED)
+
+    def _questions(self) -> list[Future[Any]]:
+        """To the stores, of prompts about which nothing was decided yet."""
+        return [prompt.probing for prompt in self._prompts.values() if prompt.chosen is None]
 
     def _begin(self, request: Any, status: Any, num_computed: int) -> _Prompt:
         status.update_offload_keys()
@@ -212,7 +217,7 @@ class KvTierConnector(OffloadingConnector):  # type: ignore[misc, unused-ignore]
         }
         ask = partial(
             probe, groups, num_computed, request.num_tokens, here.__contains__,
-            {tier.kind: tier.has for tier in self.tiers}, self._block_bytes, primary._num_chunks,
+            {tier.kind: tier.has for tier in self.tiers}, self._block_bytes, self.tiers[0].num_rows,
         )  # fmt: skip
         prompt = _Prompt(self._probing.submit(ask), monotonic() + PROBE_S)
         self._prompts[request.request_id] = prompt
@@ -227,10 +232,16 @@ class KvTierConnector(OffloadingConnector):  # type: ignore[misc, unused-ignore]
         if not prompt.probing.done() or (error := prompt.probing.exception()) is not None:
             if prompt.probing.done():
                 logger.error("the stores of KV blocks could not be asked: %r", error)
+            else:
+                prompt.probing.cancel()
+                for tier in self.tiers:
+                    tier.kept_waiting(PROBE_S)
             prompt.chosen = Choice(None, None, None, "unanswered")
             status.max_load_tokens = 0
             return
         prefixes = prompt.probing.result()
+        for tier in self.tiers:
+            tier.answered_in_time()
         compute_s = partial(self.cost.predict, step_tokens=self._step_tokens)
         costs: dict[str, Callable[[int], float | None]] = {tier.kind: tier.cost.predict for tier in self.tiers}
         prompt.chosen = choice = choose(prefixes.options, num_computed, compute_s, costs)

@@ -23,6 +23,14 @@ FORMAT = 1
 HASH = "sha256_cbor"
 """Names of blocks must be the same in every process and Python version; vLLM's default pickles."""
 
+_SAME_BYTES = frozenset((
+    "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes", "gpu_memory_utilization",
+    "num_gpu_blocks_override", "enable_prefix_caching", "prefix_cache_retention_interval", "prefix_caching_hash_algo",
+    "scheduling_policy", "async_scheduling", "disable_log_stats", "seed", "max_logprobs", "reasoning_parser",
+    "tool_call_parser", "allowed_media_domains", "generation_config", "override_generation_config",
+))  # fmt: skip
+"""Engine arguments that change how much is computed and kept, or what is sampled: not what a block holds."""
+
 
 def transfer_config(kv_cache: KvCacheConfig, content: Mapping[str, Any]) -> KVTransferConfig:
     """vLLM's configuration of the tier, nearest store first.
@@ -47,6 +55,14 @@ def transfer_config(kv_cache: KvCacheConfig, content: Mapping[str, Any]) -> KVTr
             "secondary_tiers": tiers,
         },
     )
+
+
+def deciding(engine_args: Mapping[str, Any]) -> dict[str, Any]:
+    """The user's engine arguments that may decide a block's bytes: `hf_overrides`, `quantization`, `attention_backend`.
+
+    One that is not known to be harmless is among them: a name too many costs a fetch, one too few is wrong text.
+    """
+    return {key: value for key, value in engine_args.items() if key not in _SAME_BYTES}
 
 
 def model_content(directory: Path) -> str:

@@ -31,7 +31,7 @@ MAX_QUEUED_SHARE = 0.5
 blocks that are more than that alone are kept where nothing else waits: else they would never be."""
 BATCH_BLOCKS = 16
 """Blocks of one call of a store: between calls a job that has been given up ends."""
-ASK, LOAD, STORE = "ask", "load", "store"
+ASK, LOAD, STORE, IN_TIME = "ask", "load", "store", "in time"
 """Kinds of calls, as the breaker counts them."""
 
 
@@ -83,6 +83,7 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc, unused-ignore]
         kind: of store.
         cost: what fetching costs, learned from every fetch.
         counts: what was done.
+        num_rows: of the staging region, a block each.
     """
 
     medium = Medium.CPU
@@ -109,12 +110,13 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc, unused-ignore]
         self.cost, self.breaker, self.counts = TransferCost(), Breaker(), TierCounts()
         self.last_fetch = monotonic()
         self._region = primary_kv_view.cast("B")
-        self._num_rows = primary_kv_view.shape[0] if primary_kv_view.shape else 0
+        self.num_rows = primary_kv_view.shape[0] if primary_kv_view.shape else 0
         self._loading = ThreadPoolExecutor(1, f"kv-{self.kind}-load")
         self._storing = ThreadPoolExecutor(1, f"kv-{self.kind}-store")
         self._loads: dict[int, _Load] = {}
         self._stores: dict[int, tuple[Future[int], int]] = {}
         self._failed_at_once: list[int] = []
+        self._is_asked = False
 
     # ---- what the connector asks
 
@@ -128,13 +130,25 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc, unused-ignore]
         """Which blocks are there; none while the store is not used. Takes a round trip: not for the scheduler."""
         if not self.breaker.allows():
             return [False] * len(names)
+        self._is_asked = True
         try:
             found = self.store.has(names)
         except StoreFailed as error:
             self._failed(error, ASK)
             return [False] * len(names)
+        finally:
+            self._is_asked = False
         self.breaker.succeeded(ASK)
         return found
+
+    def kept_waiting(self, seconds: float) -> None:
+        """A prompt gave up waiting to hear what the stores have: this one's fault if it is being asked."""
+        if self._is_asked:
+            self._failed(StoreFailed(f"KV store {self.store.where}: no answer within {seconds:g} s"), IN_TIME)
+
+    def answered_in_time(self) -> None:
+        if self.breaker.is_closed:
+            self.breaker.succeeded(IN_TIME)
 
     def measure(self, names: Sequence[bytes]) -> None:
         """Fetch these blocks into nowhere, later: what it costs must be known even while nothing is fetched."""
@@ -155,7 +169,7 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc, unused-ignore]
     def submit_store(self, job_metadata: TransferJob) -> None:
         names, rows = list[bytes](job_metadata.keys), [int(row) for row in job_metadata.chunk_ids]
         waiting = sum(blocks for _, blocks in self._stores.values())
-        is_full = waiting and waiting + len(names) > MAX_QUEUED_SHARE * self._num_rows
+        is_full = waiting and waiting + len(names) > MAX_QUEUED_SHARE * self.num_rows
         if is_full or not self.breaker.allows():  # the breaker last: what it lets through must have a verdict
             self.counts.dropped_blocks += len(names)
             self._failed_at_once.append(job_metadata.job_id)

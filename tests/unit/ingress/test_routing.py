@@ -215,6 +215,24 @@ def test_a_prefix_of_a_lost_shard_is_worth_something_where_its_blocks_are_shared
     asyncio.run(scenario())
 
 
+def test_what_a_node_has_is_forgotten_with_its_last_shard() -> None:
+    """Nodes come and go, and each is known under a name of its own."""
+
+    async def scenario() -> None:
+        a, b = Shard("a"), Shard("b")
+        async with cluster(a, b, kv_cache=KvCacheConfig()) as pool:
+            await all_ready(pool, 2)
+            (node,) = pool._node(pool._links["a"])
+            a.relay.cache_changed(told(*keys(PROMPT)))
+            await until(lambda: pool.prefixes.num_blocks("a"))
+            await pool.set_shards({"b": b.address})
+            assert pool.prefixes.num_blocks(node) == len(keys(PROMPT)), "b can fetch them"
+            await pool.set_shards({})
+            assert pool.prefixes.num_blocks(node) == 0
+
+    asyncio.run(scenario())
+
+
 def test_a_session_goes_on_where_it_was() -> None:
     async def scenario() -> None:
         a, b = Shard("a"), Shard("b")

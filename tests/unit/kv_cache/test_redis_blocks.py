@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +12,7 @@ from pathlib import Path
 import pytest
 from kv_stores import BLOCK_BYTES, NAMESPACE, block_of, blocks_of, loaded, names_of
 from redis import Redis
-from redis_server import LOOPBACK, RedisServer, missing, nobody
+from redis_server import LOOPBACK, RedisServer, missing, nobody, something_else
 
 from moeray.kv_cache import BlockStore, RedisBlocks, StoreFailed
 from moeray.kv_cache.redis_blocks import redis_password
@@ -198,36 +196,6 @@ def test_a_replica_that_may_only_be_read_is_read(tmp_path: Path) -> None:
             store.store(NAMES, blocks_of(NAMES))
         store.touch(NAMES)
         assert loaded(store, NAMES[:2]) == WHOLE[:2]
-
-
-@contextmanager
-def something_else(answer: bytes, every_s: float) -> Iterator[str]:
-    """A server that is no Redis: says so much every so often, whatever it is asked."""
-    stop = threading.Event()
-
-    def serve(listener: socket.socket) -> None:
-        held = []
-        while not stop.is_set():
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                return
-            held.append(connection)
-            try:
-                while not stop.wait(every_s) and answer:
-                    connection.sendall(answer)
-            except OSError:
-                continue
-
-    with socket.create_server((LOOPBACK, 0)) as listener:
-        thread = threading.Thread(target=serve, args=(listener,), daemon=True)
-        thread.start()
-        try:
-            yield f"redis://{LOOPBACK}:{listener.getsockname()[1]}/0"
-        finally:
-            stop.set()
-            listener.shutdown(socket.SHUT_RDWR)
-            thread.join(WAIT_S)
 
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b":7\r\n", b"$-7\r\n", b"\x00\xff" * 8])

@@ -263,6 +263,28 @@ def test_without_a_prefix_cache_or_with_a_connector_of_the_users_nothing_is_shar
     assert found.kv_transfer_config == wanted.get("kv_transfer_config")
 
 
+@pytest.mark.parametrize(
+    ("engine_args", "is_shared"),
+    [
+        ({"max_num_seqs": 3, "max_num_batched_tokens": 512}, True),
+        ({"hf_overrides": {"rope_theta": 5.0}}, False),
+        ({"attention_backend": "TORCH_SDPA"}, False),
+        ({"max_model_len": 1024}, False),
+    ],
+)
+def test_blocks_are_shared_only_where_engine_arguments_cannot_change_their_bytes(
+    engine_args: dict[str, Any], is_shared: bool
+) -> None:
+    def content(engine_args: dict[str, Any]) -> Any:
+        """With vLLM's own experts, where most arguments are the user's."""
+        found = shard_engine_args(
+            model=V4, model_name="x", engine_args=engine_args, moeray=None, kv_cache=KvCacheConfig()
+        )
+        return found.kv_transfer_config.kv_connector_extra_config["secondary_tiers"][0]["content"]
+
+    assert (content(engine_args) == content({})) is is_shared
+
+
 def test_weights_of_unknown_content_are_not_shared(llama: Path, caplog: pytest.LogCaptureFixture) -> None:
     found = shard_engine_args(model=llama, model_name="x", engine_args={}, moeray=None, kv_cache=KvCacheConfig())
     assert found.kv_transfer_config is None and "KV blocks are not shared" in caplog.text

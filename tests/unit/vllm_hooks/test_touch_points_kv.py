@@ -23,6 +23,8 @@ def test_touch_point_connector_is_asked_for_each_prompt_and_may_say_later() -> N
     parameters = inspect.signature(OffloadingConnector.get_num_new_matched_tokens).parameters
     assert list(parameters) == ["self", "request", "num_computed_tokens"]
     assert inspect.signature(KvTierConnector.get_num_new_matched_tokens).parameters.keys() == parameters.keys()
+    parameters = inspect.signature(OffloadingConnector.update_state_after_alloc).parameters
+    assert inspect.signature(KvTierConnector.update_state_after_alloc).parameters.keys() == parameters.keys()
     source = inspect.getsource(offloading.OffloadingConnectorScheduler._lookup_complete_chunks)
     assert "max_load_tokens" in source and "max_hit_size_tokens -= 1" in source
 
