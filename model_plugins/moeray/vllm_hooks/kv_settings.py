@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,18 +71,32 @@ def model_content(directory: Path) -> str:
     return fingerprint_of(read_json(directory / "config.json"), read_headers(directory)[0])
 
 
+def computed_by() -> dict[str, str]:
+    """Programs and kind of processor: another one's sums may end in other bits."""
+    import torch
+    from vllm import __version__ as vllm_version
+    from vllm.platforms import current_platform
+
+    instructions = f"{torch.backends.cpu.get_cpu_capability()} amx={torch.cpu._is_amx_tile_supported()}"
+    return {
+        "moeray": version("moeray"),
+        "vllm": vllm_version,
+        "torch": torch.__version__,
+        "device": instructions if current_platform.is_cpu() else current_platform.get_device_name(),
+    }
+
+
 def namespace(offloading_config: Any, block_bytes: int, content: Mapping[str, Any]) -> str:
     """Blocks of two engines with the same namespace and name have the same bytes.
 
     Args:
         offloading_config: vLLM's OffloadingConfig: groups, dtype, layout, parallelism.
     """
-    from vllm import __version__ as vllm_version
     from vllm.v1.core.kv_cache_utils import get_none_hash_seed
 
     parts = {
         "format": FORMAT,
-        "vllm": vllm_version,
+        "computed_by": computed_by(),
         "seed": get_none_hash_seed(),
         "groups": [[group.tokens_per_block, list(group.layer_names)] for group in offloading_config.groups],
         "dtype": offloading_config.model.dtype,
