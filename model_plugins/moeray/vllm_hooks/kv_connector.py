@@ -21,7 +21,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import Of
 from vllm.v1.kv_offload.base import LookupResult
 
 from moeray.kv_cache import Choice, GroupKeys, PrefillCost, Prefixes, choose, probe
-from moeray.vllm_hooks.kv_tiers import Plan, StoreTier
+from moeray.vllm_hooks.kv_jobs import Plan
+from moeray.vllm_hooks.kv_tiers import StoreTier
 
 logger = logging.getLogger(__name__)
 

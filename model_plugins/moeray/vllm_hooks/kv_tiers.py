@@ -7,10 +7,8 @@ have is decided before (`kv_connector.py`): a lookup only reads the request's `P
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,6 +17,7 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, Tra
 
 from moeray.config import KvCacheConfig
 from moeray.kv_cache import Breaker, StoreFailed, StoreKind, TransferCost, open_store
+from moeray.vllm_hooks.kv_jobs import Load, Plan, TierCounts
 from moeray.vllm_hooks.kv_settings import namespace
 
 if TYPE_CHECKING:
@@ -33,47 +32,6 @@ BATCH_BLOCKS = 16
 """Blocks of one call of a store: between calls a job that has been given up ends."""
 ASK, LOAD, STORE, IN_TIME = "ask", "load", "store", "in time"
 """Kinds of calls, as the breaker counts them."""
-
-
-@dataclass(slots=True)
-class Plan:
-    """What one request may fetch: names per store. Kept in the request's ReqContext.
-
-    Attributes:
-        deadline: monotonic; fetches that have not ended by then are given up, and the tokens computed.
-    """
-
-    names: dict[str, set[bytes]]
-    deadline: float
-
-
-@dataclass(slots=True)
-class _Load:
-    """One fetch. `lock` is held while bytes are put into the region: never after the job was given up."""
-
-    job_id: int
-    names: list[bytes]
-    rows: list[int]
-    deadline: float
-    plan: Plan | None
-    started: float
-    future: Future[None] | None = None
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    loaded: list[bytes] = field(default_factory=list)
-    given_up: bool = False
-
-
-@dataclass(slots=True)
-class TierCounts:
-    """Since the engine began; blocks, bytes and jobs."""
-
-    fetched_blocks: int = 0
-    fetched_bytes: int = 0
-    missing_blocks: int = 0
-    given_up: int = 0
-    stored_blocks: int = 0
-    dropped_blocks: int = 0
-    failures: int = 0
 
 
 class StoreTier(SecondaryTierManager):  # type: ignore[misc, unused-ignore]
@@ -113,7 +71,7 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc, unused-ignore]
         self.num_rows = primary_kv_view.shape[0] if primary_kv_view.shape else 0
         self._loading = ThreadPoolExecutor(1, f"kv-{self.kind}-load")
         self._storing = ThreadPoolExecutor(1, f"kv-{self.kind}-store")
-        self._loads: dict[int, _Load] = {}
+        self._loads: dict[int, Load] = {}
         self._stores: dict[int, tuple[Future[int], int]] = {}
         self._failed_at_once: list[int] = []
         self._is_asked = False
@@ -180,7 +138,7 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc, unused-ignore]
         plan = job_metadata.req_context.get_state(Plan)
         rows = [int(row) for row in job_metadata.chunk_ids]
         deadline = monotonic() if plan is None else plan.deadline
-        load = _Load(job_metadata.job_id, list(job_metadata.keys), rows, deadline, plan, monotonic())
+        load = Load(job_metadata.job_id, list(job_metadata.keys), rows, deadline, plan, monotonic())
         self._loads[load.job_id] = load
         load.future = self._loading.submit(self._load, load)
 
@@ -233,7 +191,7 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc, unused-ignore]
         self.counts.stored_blocks += kept
         return kept
 
-    def _load(self, load: _Load) -> None:
+    def _load(self, load: Load) -> None:
         for first in range(0, len(load.names), BATCH_BLOCKS):
             part = slice(first, first + BATCH_BLOCKS)
             names, rows = load.names[part], load.rows[part]
@@ -271,7 +229,7 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc, unused-ignore]
 
     # ---- what came of it
 
-    def _ended(self, load: _Load) -> JobResult:
+    def _ended(self, load: Load) -> JobResult:
         """A fetch that is done, or that has taken too long: then nothing is written by it any more."""
         assert load.future is not None
         with load.lock:

@@ -21,7 +21,8 @@ from vllm.v1.kv_offload.tiering.base import JobResult, TransferJob
 
 from moeray.config import KvCacheConfig
 from moeray.kv_cache.breaker import FAILURES, FIRST_REST_S
-from moeray.vllm_hooks.kv_tiers import Plan, RedisTier
+from moeray.vllm_hooks.kv_jobs import Plan
+from moeray.vllm_hooks.kv_tiers import RedisTier
 
 BLOCK_BYTES, NUM_ROWS = 4096, 64
 NAMES = names_of(24)
