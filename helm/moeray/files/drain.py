@@ -1,8 +1,8 @@
-"""drain.py SECONDS: preStop of a worker pod. Ray is told that this node goes; back when it runs no replica any more.
+"""drain.py SECONDS: preStop of a worker pod. Tells Ray that this node goes, comes back when no replica is left on it.
 
-Serve starts the replicas elsewhere and lets these finish. Without it a pod's end would be a lost node: its requests go on
-elsewhere then, too, but are computed again. Where Ray does not answer (the whole cluster is being removed) or nowhere is
-room, the pod ends without, or after SECONDS.
+Serve starts the replicas elsewhere and lets these finish. Without it a pod's end would be a lost node: its requests go
+on elsewhere then, too, but are computed again. Where Ray does not answer (the whole cluster is being removed) the pod
+ends without, and where there is no room elsewhere after SECONDS.
 """
 
 from __future__ import annotations
@@ -35,7 +35,13 @@ def main() -> int:
 
 def tell(address: str, node_id: str, limit_s: float) -> bool:
     """Whether Ray has taken it."""
-    command = ["ray", "drain-node", f"--address={address}", f"--node-id={node_id}", "--reason=DRAIN_NODE_REASON_PREEMPTION"]
+    command = [
+        "ray",
+        "drain-node",
+        f"--address={address}",
+        f"--node-id={node_id}",
+        "--reason=DRAIN_NODE_REASON_PREEMPTION",
+    ]
     command += ["--reason-message=the pod ends", f"--deadline-remaining-seconds={limit_s:.0f}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TELL_S, check=False)

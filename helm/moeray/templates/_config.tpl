@@ -3,11 +3,17 @@ The configuration of the cluster: what follows from the rest of the values, and 
 A process asks Ray for one CPU, and each pod offers as many as it has room for processes: Ray then fills every pod.
 */}}
 
+{{- define "moeray.device" -}}
+{{- default (ternary "gpu" "cpu" (hasKey (dig "limits" dict .resources) "nvidia.com/gpu")) .device -}}
+{{- end -}}
+
+{{/* Name -> worker group that is enabled, over podDefaults; with its device, processes, and bounds (least, most). */}}
 {{- define "moeray.groups" -}}
 {{- $groups := dict -}}
 {{- range $name, $group := .Values.workerGroups -}}
 {{- if ne (toString (dig "enabled" true $group)) "false" -}}
 {{- $full := mergeOverwrite (deepCopy $.Values.podDefaults) (deepCopy $group) -}}
+{{- $_ := set $full "device" (include "moeray.device" $full) -}}
 {{- $_ := set $full "processes" (int (default 1 $group.processesPerPod)) -}}
 {{- $_ := set $full "least" (int (ternary $group.replicas $group.minReplicas (kindIs "invalid" $group.minReplicas))) -}}
 {{- $_ := set $full "most" (int (ternary $group.replicas $group.maxReplicas (kindIs "invalid" $group.maxReplicas))) -}}
@@ -69,6 +75,9 @@ A process asks Ray for one CPU, and each pod offers as many as it has room for p
 {{- $tls := dict "cert_file" "/etc/moeray/ingress-tls/tls.crt" "key_file" "/etc/moeray/ingress-tls/tls.key" -}}
 {{- if $.Values.tls.ingress.clientCaSecret -}}{{- $_ := set $tls "client_ca_file" "/etc/moeray/client-ca/ca.crt" -}}{{- end -}}
 {{- $_ := set $derived.ingress "tls" $tls -}}
+{{- end -}}
+{{- if and .Values.tls.ingress.clientCaSecret (not (include "moeray.ingressTlsSecret" .)) -}}
+{{- fail "tls.ingress.clientCaSecret: needs a certificate of the ingress, too (existingSecret or certManager)" -}}
 {{- end -}}
 {{- if include "moeray.clusterTlsSecret" . -}}
 {{- $_ := set $derived "cluster_tls" (dict "cert_file" "/etc/moeray/cluster-tls/tls.crt" "key_file" "/etc/moeray/cluster-tls/tls.key" "ca_file" "/etc/moeray/cluster-tls/ca.crt") -}}
