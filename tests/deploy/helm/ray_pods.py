@@ -44,7 +44,7 @@ class RayPods:
         return config
 
     def environment(self, template: dict[str, Any], address: str) -> dict[str, str]:
-        """Of a pod's container: what the chart says, Secrets looked up, volumes in the test's folder; KubeRay's token."""
+        """Of a pod's container: what the chart says (Secrets looked up, volumes in `folder`), and KubeRay's token."""
         said = {each["name"]: self._value(each, address) for each in template["spec"]["containers"][0]["env"]}
         kuberay = {"RAY_AUTH_MODE": self.cluster["authOptions"]["mode"], "RAY_AUTH_TOKEN": self.token}
         return {**os.environ, **said, **kuberay}
