@@ -79,6 +79,8 @@ emptyDir: {sizeLimit: {{ $checkpoint.fetch.size }}}
   args: [{{ required "checkpoint.uri: where is it to be fetched from?" $checkpoint.uri | quote }}, /checkpoint{{ with $checkpoint.subPath }}/{{ . }}{{ end }}, {{ $checkpoint.fetch.checksums | quote }}]
   env:
     - {name: HOME, value: /tmp}
+    # KubeRay cleans Redis up in a copy of the head's pod, which needs no checkpoint.
+    - {name: NODE_TYPE, valueFrom: {fieldRef: {fieldPath: "metadata.labels['ray.io/node-type']"}}}
     {{- with $checkpoint.fetch.env }}{{ toYaml . | nindent 4 }}{{ end }}
   resources: {{- toYaml $checkpoint.fetch.resources | nindent 4 }}
   securityContext: {{- toYaml .pod.securityContext | nindent 4 }}

@@ -243,6 +243,12 @@ def test_two_expert_pods_never_share_a_node_unless_it_is_allowed() -> None:
     assert set(demo) == {"preferredDuringSchedulingIgnoredDuringExecution"}
 
 
+def test_the_heads_ports_bear_the_names_that_kuberay_looks_for() -> None:
+    """Of them it makes the head's Service and the one of Serve, and without `serve` it fails."""
+    ports = {port["name"]: port for port in ray_pods(render({}))["head"]["spec"]["containers"][0]["ports"]}
+    assert {"gcs-server", "dashboard", "serve", "metrics"} <= set(ports)
+
+
 def test_labels_of_pods_do_not_change_with_the_version_of_the_chart() -> None:
     for name, pod in pod_templates(render({})):
         if name != "test":
@@ -296,6 +302,10 @@ def test_the_autoscaler_moves_between_the_bounds_and_stays_still_without_it() ->
         assert (group["minReplicas"], group["replicas"], group["maxReplicas"]) == expected
         assert cluster["enableInTreeAutoscaling"] is on
         assert cluster["headGroupSpec"]["template"]["spec"]["automountServiceAccountToken"] is on
+    head = ray_pods(render({"autoscaling": {"enabled": True}}))["head"]["spec"]
+    cluster = one(render({"autoscaling": {"enabled": True}}), "RayService")["spec"]["rayClusterConfig"]
+    mounted = {mount["name"] for mount in cluster["autoscalerOptions"]["volumeMounts"]}
+    assert mounted <= {volume["name"] for volume in head["volumes"]}, "its root file system is read-only, too"
     assert one(manifests, "RayService")["spec"]["rayClusterConfig"]["authOptions"] == {"mode": "token"}
 
 

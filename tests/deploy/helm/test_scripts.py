@@ -135,6 +135,13 @@ def test_a_fetch_that_was_killed_is_no_checkpoint(fetch: Callable[..., subproces
     assert not (bucket.parents[2] / "checkpoint" / ".fetched").exists()
 
 
+def test_kuberays_clean_up_of_redis_does_not_wait_for_a_checkpoint(
+    fetch: Callable[..., subprocess.Popen[str]], bucket: Path
+) -> None:
+    assert output_of(fetch(NODE_TYPE="redis-cleanup"))[0] == 0
+    assert num_copies(bucket) == 0
+
+
 def test_what_is_no_object_store_is_refused(fetch: Callable[..., subprocess.Popen[str]]) -> None:
     code, said = output_of(fetch("https://host/model"))
     assert code == 2
