@@ -69,6 +69,8 @@ A process asks Ray for one CPU, and each pod offers as many as it has room for p
 {{- if ne (include "moeray.checkpointSource" .) "none" -}}{{- $_ := set $derived "model" .Values.checkpoint.mountPath -}}{{- end -}}
 {{- if eq (dig "tenants" "auth" "required" .Values.config | toString) "required" -}}
 {{- $_ := set $derived.tenants "secret_file" "/etc/moeray/tenants/cache-salt" -}}
+{{- /* Redis has the records of all ingresses, and keeps them when a pod goes. */ -}}
+{{- $_ := set $derived.tenants "usage" "redis" -}}
 {{- if .Values.tenants.fileKey -}}{{- $_ := set $derived.tenants "file" (printf "/etc/moeray/tenants/%s" .Values.tenants.fileKey) -}}{{- end -}}
 {{- end -}}
 {{- with include "moeray.ingressTlsSecret" . -}}

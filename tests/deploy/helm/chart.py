@@ -84,13 +84,15 @@ def pod_templates(manifests: list[Manifest]) -> Iterator[tuple[str, Manifest]]:
             yield from ((group["groupName"], group["template"]) for group in cluster["workerGroupSpecs"])
         elif each["kind"] == "StatefulSet":
             yield "redis", each["spec"]["template"]
+        elif each["kind"] == "Job":
+            yield "uninstall", each["spec"]["template"]
         elif each["kind"] == "Pod":
             yield "test", each
 
 
 def ray_pods(manifests: list[Manifest]) -> dict[str, Manifest]:
     """Templates of the head and of the worker groups."""
-    return {name: pod for name, pod in pod_templates(manifests) if name not in ("redis", "test")}
+    return {name: pod for name, pod in pod_templates(manifests) if name not in ("redis", "uninstall", "test")}
 
 
 def matches(selector: Mapping[str, Any] | None, labels: Mapping[str, str]) -> bool:

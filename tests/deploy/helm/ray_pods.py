@@ -51,12 +51,26 @@ class RayPods:
 
     def _value(self, variable: dict[str, Any], address: str) -> str:
         if "value" in variable:
-            return str(variable["value"]).replace("/home/moeray", str(self.folder / "home"))
+            return self.placed(str(variable["value"]))
         source = variable["valueFrom"]
         if "fieldRef" in source:
             assert source["fieldRef"]["fieldPath"] == "status.podIP"
             return address
         return self.secret_values[source["secretKeyRef"]["name"], source["secretKeyRef"]["key"]]
+
+    def placed(self, text: str) -> str:
+        """With a pod's paths where this test has its volumes."""
+        return text.replace("/home/moeray", f"{self.folder}/home").replace("/etc/moeray", f"{self.folder}/etc")
+
+    def mount_secrets(self, template: dict[str, Any]) -> None:
+        """What the kubelet does: each key of a Secret is a file where its volume is mounted."""
+        mounts = {each["name"]: each["mountPath"] for each in template["spec"]["containers"][0]["volumeMounts"]}
+        for volume in template["spec"]["volumes"]:
+            for (secret, key), value in self.secret_values.items():
+                if volume.get("secret", {}).get("secretName") == secret:
+                    file = Path(self.placed(mounts[volume["name"]])) / key
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_text(value)
 
     def start_head(self) -> None:
         """As KubeRay does: Ray's state in the Redis of gcsFaultToleranceOptions."""
@@ -81,6 +95,7 @@ class RayPods:
 
     def _start(self, spec: dict[str, Any], address: str, *options: str, **environment: str) -> None:
         (self.agents[address],) = free_ports("127.0.0.1", 1)
+        self.mount_secrets(spec["template"])
         command = [
             RAY,
             "start",
@@ -101,7 +116,7 @@ class RayPods:
     def deploy(self) -> None:
         """serveConfigV2, as it stands in the RayService."""
         file = self.folder / "serve.yaml"
-        file.write_text(self.service["spec"]["serveConfigV2"])
+        file.write_text(self.placed(self.service["spec"]["serveConfigV2"]))
         environment = self.environment(self.cluster["headGroupSpec"]["template"], self.head)
         done = subprocess.run(
             [SERVE, "deploy", str(file), "-a", f"http://{self.head}:{self.dashboard}"],

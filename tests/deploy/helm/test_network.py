@@ -33,7 +33,7 @@ def release(values: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Pee
 @pytest.mark.parametrize("example", ["", *EXAMPLES])
 def test_pods_of_ray_reach_each_other_on_every_port(example: str) -> None:
     policies, pods = release(values_of(example))
-    ray = [pod for name, pod in pods.items() if name not in ("redis", "test")]
+    ray = [pod for name, pod in pods.items() if name not in ("redis", "uninstall", "test")]
     assert len(ray) >= 4
     for source in ray:
         for target in ray:
@@ -112,6 +112,13 @@ def test_the_api_server_is_reached_by_the_autoscaler_alone() -> None:
     policies, pods = release({"autoscaling": {"enabled": True}})
     assert reaches(policies, pods["head"], API_SERVER, 443)
     assert not reaches(policies, pods["attention"], API_SERVER, 443)
+
+
+def test_the_uninstalling_job_reaches_the_api_server_and_nothing_else() -> None:
+    policies, pods = release({})
+    assert reaches(policies, pods["uninstall"], API_SERVER, 443)
+    assert not reaches(policies, pods["uninstall"], pods["redis"], 6379)
+    assert not reaches(policies, pods["uninstall"], pods["head"], 8265)
 
 
 def test_metrics_are_scraped_where_monitors_are_asked_for() -> None:

@@ -251,7 +251,7 @@ def test_the_heads_ports_bear_the_names_that_kuberay_looks_for() -> None:
 
 def test_labels_of_pods_do_not_change_with_the_version_of_the_chart() -> None:
     for name, pod in pod_templates(render({})):
-        if name != "test":
+        if name not in ("test", "uninstall"):
             assert all(key.startswith("moeray.io/") for key in pod["metadata"]["labels"]), name
 
 
@@ -323,10 +323,32 @@ def test_notes_tell_of_the_first_call_and_of_the_secrets() -> None:
     assert "/v1/chat/completions" in notes
     assert "moeray-redis" in notes
     assert "moeray tenant create" in notes
+    assert "uninstall" not in notes
+    (notes,) = (t for path, t in sources({"uninstallHook": {"enabled": False}}).items() if path.endswith("NOTES.txt"))
     assert notes.index("delete rayservice/moeray") < notes.index("uninstall moeray")
     (notes,) = (t for path, t in sources(values_of("values-h200-pro.yaml")).items() if path.endswith("NOTES.txt"))
     assert "--cacert" in notes
     assert "uninstall" not in notes
+
+
+@pytest.mark.parametrize("example", ALL)
+def test_uninstalling_waits_for_ray_where_redis_goes_with_the_release(example: str) -> None:
+    manifests = render(values_of(example))
+    bundled = "StatefulSet" in {each["kind"] for each in manifests}
+    jobs = [each for each in manifests if each["kind"] == "Job"]
+    assert len(jobs) == int(bundled)
+    for job in jobs:
+        assert job["metadata"]["annotations"]["helm.sh/hook"] == "pre-delete"
+        service = one(manifests, "RayService")["metadata"]
+        (rule,) = one(manifests, "Role")["rules"]
+        assert rule == {
+            "apiGroups": ["ray.io"], "resources": ["rayservices"], "resourceNames": [service["name"]],
+            "verbs": ["get", "delete"],
+        }  # fmt: skip
+        (subject,) = one(manifests, "RoleBinding")["subjects"]
+        pod = job["spec"]["template"]["spec"]
+        assert pod["serviceAccountName"] == subject["name"]
+        assert pod["containers"][0]["args"][:2] == [service["namespace"], service["name"]]
 
 
 def test_every_image_has_a_version() -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
+import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import redis
+from certificates import Authority
 from deploy.helm.chart import CHART, one, render
 from redis_server import missing, server_binary
 
@@ -157,6 +162,77 @@ def test_a_hook_without_a_raylet_lets_the_pod_end_at_once() -> None:
     assert done.returncode == 0
     assert "no raylet" in done.stdout
     assert time.monotonic() - started < 30
+
+
+class ApiServer:
+    """Kubernetes' API server, as far as one RayService goes: it is gone at the third look after its deletion."""
+
+    def __init__(self, folder: Path, *, refuses: bool = False) -> None:
+        self.asked: list[tuple[str, str, str]] = []
+        self.deletion: dict[str, str] = {}
+        authority = Authority(folder / "authority")
+        signed = authority.sign("kubernetes")
+        self.account = folder / "account"
+        self.account.mkdir()
+        shutil.copy(authority.file, self.account / "ca.crt")
+        (self.account / "token").write_text("of-the-job")
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_DELETE(self) -> None:
+                server.deletion = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                self._answer(403 if refuses else 200)
+
+            def do_GET(self) -> None:
+                looks = sum(method == "GET" for method, _, _ in server.asked)
+                self._answer(404 if looks == 2 else 200)
+
+            def _answer(self, status: int) -> None:
+                server.asked.append((self.command, self.path, self.headers["authorization"]))
+                self.send_response(status)
+                self.send_header("content-length", "0")
+                self.end_headers()
+
+            def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(signed.cert, signed.key)
+        self.http.socket = context.wrap_socket(self.http.socket, server_side=True)
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def uninstall(self, limit_s: float = 60) -> subprocess.CompletedProcess[str]:
+        """What the hook's Job runs."""
+        environment = {
+            **os.environ, "KUBERNETES_SERVICE_HOST": "127.0.0.1", "LOOK_S": "0.1",
+            "KUBERNETES_SERVICE_PORT": str(self.http.server_port), "SERVICE_ACCOUNT": str(self.account),
+        }  # fmt: skip
+        return subprocess.run(
+            [sys.executable, str(CHART / "files" / "delete_rayservice.py"), "serving", "moeray", str(limit_s)],
+            env=environment, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+
+
+def test_the_uninstalling_job_deletes_the_rayservice_and_waits_until_it_is_gone(tmp_path: Path) -> None:
+    server = ApiServer(tmp_path)
+    done = server.uninstall()
+    assert done.returncode == 0, done.stderr
+    path = "/apis/ray.io/v1/namespaces/serving/rayservices/moeray"
+    assert server.asked == [(method, path, "Bearer of-the-job") for method in ("DELETE", "GET", "GET", "GET")]
+    assert server.deletion == {"propagationPolicy": "Foreground"}
+    server.http.shutdown()
+
+
+def test_the_uninstalling_job_fails_where_it_may_not_delete_or_nothing_goes(tmp_path: Path) -> None:
+    server = ApiServer(tmp_path, refuses=True)
+    assert server.uninstall().returncode != 0
+    assert [method for method, _, _ in server.asked] == ["DELETE"]
+    server.http.shutdown()
+    server.http.server_close()
+    done = server.uninstall(limit_s=0.5)
+    assert done.returncode == 1
+    assert "still there" in done.stdout
 
 
 @pytest.mark.skipif(missing() is not None, reason=f"Redis: {missing()}")
