@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deploy.helm.chart import cluster_config, one, overlaid, ray_pods, render
+from deploy.helm.chart import cluster_config, one, ray_pods, render
 
 LOCALS = Path(__file__).parents[3] / "terraform/modules/moeray/locals.tf"
 GPU = {"resources": {"limits": {"nvidia.com/gpu": "8"}}}
@@ -36,7 +36,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"redis": {"url": "http://host"}}, "/redis/url"),
     ({"redis": {"password": "word"}}, "/redis.*'password' not allowed"),
     ({"redis": {"existingSecret": ""}}, "/redis/existingSecret"),
-    ({"redis": {"url": "rediss://host:6379/0"}}, "networkPolicy.redis: where is the Redis of redis.url"),
+    (
+        {"redis": {"url": "rediss://host:6379/0"}, "networkPolicy": {"redis": []}},
+        "networkPolicy.redis: where is the Redis of redis.url",
+    ),
     ({"checkpoint": {"uri": "https://host/model"}}, "/checkpoint/uri"),
     ({"checkpoint": {"source": "claim"}}, "checkpoint.claim: name the PersistentVolumeClaim"),
     ({"checkpoint": {"source": "fetch"}}, "checkpoint.uri: where is it to be fetched from"),
@@ -85,8 +88,7 @@ def test_what_terraforms_module_gives_is_taken_and_is_all_that_it_gives() -> Non
     assert set(re.findall(r"(\w+) += pool\.", text)) == {"nodeSelector", "tolerations", "limits"}
     assert set(re.findall(r"(\w+) += var\.redis\.", text)) | {"existingSecret"} == {"url", "existingSecret"}
 
-    said = {"networkPolicy": {"redis": [{"ipBlock": {"cidr": "10.0.0.0/16"}}]}}
-    manifests = render(overlaid(given, said))
+    manifests = render(given)
     experts = ray_pods(manifests)["experts"]["spec"]
     assert experts["nodeSelector"] == scheduling["nodeSelector"]
     assert experts["tolerations"] == scheduling["tolerations"]
