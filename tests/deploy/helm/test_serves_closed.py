@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from certificates import Authority
 from deploy.helm.chart import one, overlaid, values_of
-from deploy.helm.serving import Served, ask, served, status_of
+from deploy.helm.serving import Served, ask, served, status_of, wait_until
 from redis_server import missing
 
 pytestmark = [
@@ -59,4 +59,15 @@ def test_a_closed_release_serves_tenants_made_in_its_pods_over_tls(closed: Serve
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert len(ask(closed, done.stdout.strip())) > 20
+    key = done.stdout.strip()
+    wait_until(lambda: answers(closed, key), 30, "an ingress that knows the key")
+    assert len(ask(closed, key)) > 20
+
+
+def answers(closed: Served, key: str) -> bool:
+    """Whether this key is taken: an ingress learns of a new one within a second."""
+    try:
+        return bool(ask(closed, key))
+    except urllib.error.HTTPError as error:
+        assert error.code == 401
+        return False
