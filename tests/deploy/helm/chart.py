@@ -100,3 +100,9 @@ def matches(selector: Mapping[str, Any] | None, labels: Mapping[str, str]) -> bo
     selector = selector or {}
     assert set(selector) <= {"matchLabels"}
     return all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items())
+
+
+def containers_of(template: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of one pod, with those that run before."""
+    spec = template["spec"]
+    return [*spec.get("initContainers", []), *spec["containers"]]
