@@ -32,8 +32,13 @@ test: setup  ## All CPU tests (TESTS=path narrows, PYTEST_ARGS adds)
 test-full: setup  ## All CPU tests and the whole correctness matrix, with times (about an hour on 2 cores)
 	$(BIN)/python -m pytest $(TESTS) -m "full or not full" --durations=25 $(PYTEST_ARGS)
 
-test-deploy: setup  ## What deploys moeray: terraform/ (tools that are not there are named and skipped)
-	$(BIN)/python -m pytest tests/deploy $(PYTEST_ARGS)
+test-deploy: setup build/deploy/installed  ## What deploys moeray: helm/ and terraform/ (tools that are not there are named and skipped)
+	PYTHONPATH=build/deploy $(BIN)/python -m pytest tests/deploy $(PYTEST_ARGS)
+
+build/deploy/installed: requirements/deploy.lock
+	rm -rf build/deploy
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --only-binary :all: \
+		--target build/deploy -r $< && touch $@ || echo "helm/ will be skipped: $< could not be installed"
 
 correctness: setup  ## Measure docs/correctness.md anew (half an hour; REPORT_ARGS="--only parity" for a part)
 	$(BIN)/python tests/correctness/report.py $(REPORT_ARGS)
