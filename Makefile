@@ -11,7 +11,7 @@ FUZZ_ARGS ?=
 # How uv finds torch's CPU build when it resolves; empty where UV_FIND_LINKS or UV_INDEX already has it.
 UV_TORCH ?= --torch-backend cpu
 
-CODE := cluster model_plugins deployments scripts tests benchmarks
+CODE := cluster model_plugins deployments scripts tests benchmarks helm
 BIN := $(abspath $(VENV))/bin
 
 .DEFAULT_GOAL := help

@@ -3,7 +3,7 @@
 #
 # It knows these values of the chart: `serviceAccount.name`,
 # `workerGroups.<attention|experts>.{nodeSelector,tolerations,resources.limits}`, `redis.{url,existingSecret}` and
-# `checkpoint.uri`. They are assumptions until the chart `helm/moeray` is there. Everything else is said in `values`.
+# `checkpoint.uri`. The tests of the chart `helm/moeray` hold it to them. Everything else is said in `values`.
 # KubeRay's operator and CRDs, the device plugins and the Secrets must be in the cluster before.
 #
 # Never validated against the provider's schema: the helm provider was not at hand where this was written. Its form,
