@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import mmap
-import os
 import statistics
 import subprocess
 import sys
@@ -173,7 +172,8 @@ def generate(file: Path, num_bytes: int) -> None:
 
 
 def table_of(file: Path, rows: int, advice: int) -> Table:
-    mapped = mmap.mmap(os.open(file, os.O_RDONLY), 0, prot=mmap.PROT_READ)
+    with file.open("rb") as stream:
+        mapped = mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ)
     mapped.madvise(advice)
     whole = np.frombuffer(mapped, np.uint8)
     values = np.asarray(whole[: rows * WIDTH]).reshape(rows, WIDTH)
