@@ -1,1 +1,1 @@
-"""The autoscaling policy as Ray Serve asks for it: what replicas say becomes an observation, Serve gets the decision."""
+"""The autoscaling policy as Ray Serve asks for it: what replicas say is observed, Serve gets the decision."""

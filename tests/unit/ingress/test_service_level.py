@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeray.ingress.service_level import STEP, WINDOW_S, RecentRate, RecentTimes
+from moeray.ingress.service_level import STEP, WINDOW_S, RecentRate, RecentTimes, ServiceLevel
 
 
 class Clock:
@@ -64,3 +64,23 @@ def test_a_steady_rate_is_found_at_any_moment_and_a_silence_too(rate: float, eve
             assert recent.per_second() == pytest.approx(rate, rel=2 * every_s / (WINDOW_S / 2))
     clock.now += 3 * WINDOW_S
     assert recent.per_second() == 0.0
+
+
+def test_a_report_is_of_what_was_asked_for_and_of_how_long_was_waited() -> None:
+    clock = Clock()
+    level = ServiceLevel(clock)
+    assert level.report() == {"tokens_per_s": 0.0}
+    for _ in range(400):
+        level.ended(100)
+    clock.now = 20.0
+    for _ in range(10):
+        level.asked(300)
+        level.answered(0.5, 1, 200)
+        level.answered(0.2, 4, None)
+    report = level.report()
+    assert report["tokens_per_s"] == pytest.approx(10 * (300 - 200 + 100) / 20)
+    assert report["ttft_p95_s"] == pytest.approx(0.5, rel=0.05) and report["tpot_p95_s"] == pytest.approx(
+        0.05, rel=0.05
+    )
+    level.changed()
+    assert level.report() == {"tokens_per_s": report["tokens_per_s"]}
