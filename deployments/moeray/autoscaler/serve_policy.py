@@ -8,17 +8,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from time import monotonic, time
 from typing import Any
+
+from ray.serve._private.constants import RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S as PUSH_S
 
 from moeray.autoscaler.observing import Context, observed
 from moeray.autoscaler.settings import POOLS, policy_settings
 from moeray.autoscaling import Decision, Memory, Wanted, decide
 from moeray.config import parse_config
+from moeray.membership import MembershipError, Role
 
 logger = logging.getLogger("ray.serve")
 
+STALE_PUSHES = 3
+"""Numbers that a replica has not renewed for so many of Serve's intervals are not believed."""
+TELL_S = 5.0
 EVERY_S = 1.0
 """Between two decisions; what is asked meanwhile gets the last one."""
 
@@ -32,11 +40,13 @@ class ServePolicy:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         checked = parse_config(dict(config))
-        self._settings = policy_settings(checked)
+        self._settings = replace(policy_settings(checked), stale_s=STALE_PUSHES * PUSH_S + EVERY_S)
         self._offset = timedelta(hours=checked.autoscaling.utc_offset_h)
         self._memory = Memory()
         self._decided_s = float("-inf")
         self._last: dict[str, Wanted] = {}
+        self._telling = ThreadPoolExecutor(1, "moeray-autoscaler")  # Serve's loop must not wait for our controller
+        self._told: Future[None] | None = None
 
     def __call__(self, contexts: Mapping[Any, Context]) -> tuple[dict[Any, int], dict[Any, dict[str, Any]]]:
         """Deployment -> its number of replicas; Serve keeps no state for this policy."""
@@ -65,4 +75,23 @@ class ServePolicy:
             before = self._last.get(pool)
             if before is None or before.count != now.count:
                 logger.info("autoscaling, %s: %s", pool, now.reason)
+        changed = {pool for pool, now in wanted.items() if self._last.get(pool) != now}
         self._last = wanted
+        if changed and (self._told is None or self._told.done()):
+            self._told = self._telling.submit(_tell, wanted)
+
+
+def _tell(wanted: Mapping[str, Wanted]) -> None:
+    """Our controller: how many groups to wait for, and what `moeray status` shows."""
+    import ray
+
+    from moeray.controller.actor import controller
+
+    try:
+        actor = controller()
+        if "experts" in wanted:
+            ray.get(actor.scale.remote(Role.EXPERT_GROUP, wanted["experts"].count), timeout=TELL_S)
+        reasons = {pool: {"count": each.count, "reason": each.reason} for pool, each in wanted.items()}
+        ray.get(actor.note_scaling.remote(reasons), timeout=TELL_S)
+    except (ray.exceptions.RayError, ValueError, MembershipError) as error:
+        logger.warning("autoscaling: the controller was not told (%s)", type(error).__name__)

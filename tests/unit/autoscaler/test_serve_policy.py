@@ -7,12 +7,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transport_peers import eventually
 
 from moeray.autoscaler import serve_policy
 from moeray.autoscaler.observing import observed
 from moeray.autoscaler.serve_policy import EVERY_S, ServePolicy
 from moeray.autoscaler.settings import POOLS, policy_settings
-from moeray.autoscaling import GroupLoad, Percentile, ShardLoad
+from moeray.autoscaling import GroupLoad, Percentile, ShardLoad, Wanted
 from moeray.config import parse_config
 
 NOW = 1_700_000_000.0
@@ -80,6 +81,8 @@ def test_serve_is_told_numbers_and_the_log_why(
     clock = [100.0]
     monkeypatch.setattr(serve_policy, "monotonic", lambda: clock[0])
     monkeypatch.setattr(serve_policy, "time", lambda: NOW)
+    noted: list[dict[str, Wanted]] = []
+    monkeypatch.setattr(serve_policy, "_tell", noted.append)
     caplog.set_level("INFO", logger="ray.serve")
     policy = ServePolicy({"autoscaling": {"attention": {"most": 4}}})
     late = {"tokens_per_s": 100.0, "ttft_p95_s": 9.0}
@@ -89,6 +92,7 @@ def test_serve_is_told_numbers_and_the_log_why(
     told, state = policy(asked)
     assert ({key.name: count for key, count in told.items()}, state) == ({"AttentionShard": 3, "ExpertGroup": 2}, {})
     assert "autoscaling, attention: 2 -> 3 for the goal: time to first token p95 is 9 s, the goal 2 s" in caplog.text
+    assert eventually(lambda: [set(each) for each in noted] == [{"attention", "experts"}])
     asked[Key("AttentionShard")].target_num_replicas = 3
     clock[0] += EVERY_S / 2
     assert policy(asked)[0] == told
