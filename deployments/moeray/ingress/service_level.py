@@ -8,6 +8,8 @@ from time import monotonic
 
 WINDOW_S = 60.0
 """What was more than this ago is forgotten; at least half of it is remembered."""
+SILENT_S = 10.0
+"""After so long without any, what was before says nothing of now."""
 STEP = 1.05
 """Times are known to within 5 %."""
 SHORTEST_S = 1e-4
@@ -21,18 +23,21 @@ class RecentTimes:
     def __init__(self, window_s: float = WINDOW_S, clock: Callable[[], float] = monotonic) -> None:
         self._half_s, self._clock = window_s / 2, clock
         self._halves: list[dict[int, int]] = [{}, {}]
-        self._since = clock()
+        self._since = self._added = clock()
 
     def add(self, seconds: float, count: int = 1) -> None:
         """`count` times of so many seconds."""
         self._forget()
+        self._added = self._clock()
         size = max(0, math.ceil(math.log(max(seconds, SHORTEST_S) / SHORTEST_S) / math.log(STEP)))
         now = self._halves[0]
         now[size] = now.get(size, 0) + count
 
     def percentile(self, percent: float) -> float | None:
-        """The time that `percent` of them do not exceed, rounded up to a step; None if there are none."""
+        """The time that `percent` of them do not exceed, rounded up to a step; None if there was none lately."""
         self._forget()
+        if self._clock() - self._added > SILENT_S:
+            return None
         sizes = sorted({*self._halves[0], *self._halves[1]})
         counts = [sum(half.get(size, 0) for half in self._halves) for size in sizes]
         left = math.ceil(sum(counts) * percent / 100)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeray.ingress.service_level import STEP, WINDOW_S, RecentRate, RecentTimes, ServiceLevel
+from moeray.ingress.service_level import SILENT_S, STEP, WINDOW_S, RecentRate, RecentTimes, ServiceLevel
 
 
 class Clock:
@@ -45,6 +45,10 @@ def test_what_is_old_is_forgotten_and_what_is_new_is_not() -> None:
         clock.now = float(seconds)
         recent.add(1.0)
         assert recent.percentile(100) == pytest.approx(5.0 if seconds < WINDOW_S else 1.0, rel=0.05)
+    clock.now += SILENT_S + 1
+    assert recent.percentile(95) is None
+    recent.add(1.0)
+    assert recent.percentile(95) is not None
     clock.now += 2 * WINDOW_S
     assert recent.percentile(95) is None
     recent.add(1.0)
