@@ -86,7 +86,10 @@ def autoscaling_policy(config: ClusterConfig) -> dict[str, Any] | None:
 
 
 def _scaled(config: ClusterConfig, deployment: Any) -> Any:
-    """Under the policy where there is one; all three pools, for it hears only of those. Delays are the policy's."""
+    """Under the policy where there is one; all three pools, for it hears only of those. Delays are the policy's.
+
+    Serve's default would count requests that never pass through Serve, and stop everybody.
+    """
     if not config.autoscaling.is_on:
         return deployment
     number = deployment.num_replicas
@@ -98,6 +101,7 @@ def _scaled(config: ClusterConfig, deployment: Any) -> Any:
         autoscaling_config={
             "min_replicas": fewest, "max_replicas": most, "initial_replicas": number,
             "upscale_delay_s": 0.0, "downscale_delay_s": 0.0,
+            "policy": {"policy_function": "moeray.autoscaler.serve_policy:hold"},
         },
     )  # fmt: skip
 

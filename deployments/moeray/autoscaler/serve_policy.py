@@ -31,6 +31,11 @@ EVERY_S = 1.0
 """Between two decisions; what is asked meanwhile gets the last one."""
 
 
+def hold(context: Any) -> tuple[int, dict[str, Any]]:
+    """A deployment's own policy, for an application that has none: the number stays."""
+    return context.target_num_replicas, {}
+
+
 class ServePolicy:
     """See module docstring.
 
