@@ -60,7 +60,7 @@ imports: setup
 	PYTHONPATH=cluster:model_plugins:deployments $(BIN)/lint-imports --no-logo
 
 fast-test: setup
-	$(BIN)/python -m pytest tests/unit tests/contract tests/correctness/test_mutations.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/unit tests/contract tests/correctness/test_mutations.py tests/correctness/test_report.py $(PYTEST_ARGS)
 
 bench: setup  ## What the split costs: decode throughput against experts inside the engine (BENCH_ARGS adds)
 	$(BIN)/python benchmarks/decode.py $(BENCH_ARGS)
