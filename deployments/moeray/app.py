@@ -14,6 +14,7 @@ from ray import serve
 from ray.serve import Application
 
 from moeray.attention_shard.replica import AttentionShard
+from moeray.autoscaler.settings import PUSH_S
 from moeray.config import (
     POOL_LABEL,
     AttentionConfig,
@@ -100,7 +101,7 @@ def _scaled(config: ClusterConfig, deployment: Any) -> Any:
         num_replicas="auto",
         autoscaling_config={
             "min_replicas": fewest, "max_replicas": most, "initial_replicas": number,
-            "upscale_delay_s": 0.0, "downscale_delay_s": 0.0,
+            "upscale_delay_s": 0.0, "downscale_delay_s": 0.0, "metrics_interval_s": PUSH_S,
             "policy": {"policy_function": "moeray.autoscaler.serve_policy:hold"},
         },
     )  # fmt: skip

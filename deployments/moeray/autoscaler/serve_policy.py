@@ -14,10 +14,8 @@ from datetime import UTC, datetime, timedelta
 from time import monotonic, time
 from typing import Any
 
-from ray.serve._private.constants import RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S as PUSH_S
-
 from moeray.autoscaler.observing import Context, observed
-from moeray.autoscaler.settings import POOLS, policy_settings
+from moeray.autoscaler.settings import POOLS, PUSH_S, policy_settings
 from moeray.autoscaling import Decision, Memory, Wanted, decide
 from moeray.config import parse_config
 from moeray.membership import MembershipError, Role

@@ -5,6 +5,8 @@ from __future__ import annotations
 from moeray.autoscaling import Goals, Limits, PolicySettings
 from moeray.config import ClusterConfig, PoolScalingConfig
 
+PUSH_S = 1.0
+"""So often replicas say how they are (`metrics_interval_s` of Serve 2.60, whose default is 10 s)."""
 POOLS = {"AttentionShard": "attention", "ExpertGroup": "experts", "Ingress": "ingress"}
 """Serve deployment -> pool."""
 

@@ -18,8 +18,6 @@ def prepare(*, embedded: bool) -> None:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's switch for "loopback, not this host's address"
         # Ray's workers give way to everything else (nice 15) unless told otherwise; ours are what the machine is for.
         os.environ.setdefault("RAY_worker_niceness", "0")
-        # What autoscaling sees is as old as this; Serve's own default is 10 s.
-        os.environ.setdefault("RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1")
         os.environ[TOKEN_MODE] = "token"
         os.environ[TOKEN_PATH] = str(_own_token())
     elif TOKEN_MODE not in os.environ and _has_token():
