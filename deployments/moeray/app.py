@@ -14,6 +14,7 @@ from ray import serve
 from ray.serve import Application
 
 from moeray.attention_shard.replica import AttentionShard
+from moeray.autoscaler.settings import PUSH_S
 from moeray.config import (
     POOL_LABEL,
     AttentionConfig,
@@ -23,6 +24,7 @@ from moeray.config import (
     IngressConfig,
     load_config,
     parse_config,
+    to_dict,
 )
 from moeray.controller.settings import controller_settings
 from moeray.deepseek_v4.checkpoint import Checkpoint
@@ -62,15 +64,47 @@ def build(config: ClusterConfig | Mapping[str, Any] | str | None = None) -> Appl
     model = str(directory) if Path(config.model).expanduser().is_dir() else config.model
     arguments = (config, model, settings)
     attention, experts, engram, ingress = config.attention, config.experts, config.engram, config.ingress
-    pools = [_pool(AttentionShard, "attention", attention.num_shards, attention).bind(*arguments)]
+    pools = [_scaled(config, _pool(AttentionShard, "attention", attention.num_shards, attention)).bind(*arguments)]
     if settings.num_groups:
-        pools.append(_pool(ExpertGroup, "experts", experts.num_groups, experts).bind(*arguments))
+        pools.append(_scaled(config, _pool(ExpertGroup, "experts", experts.num_groups, experts)).bind(*arguments))
     if engram.num_servers:
         servers = _pool(EngramServer, "engram", engram.num_servers, engram)
         if engram.max_servers_per_node:
             servers = servers.options(max_replicas_per_node=engram.max_servers_per_node)
         pools.append(servers.bind(*arguments))
-    return _pool(Ingress, "ingress", ingress.num_replicas, ingress).bind(*arguments, *pools)
+    front = _scaled(config, _pool(Ingress, "ingress", ingress.num_replicas, ingress))
+    return front.bind(*arguments, *pools)
+
+
+def autoscaling_policy(config: ClusterConfig) -> dict[str, Any] | None:
+    """`autoscaling_policy` of this application's Serve configuration; None: numbers are as written."""
+    if not config.autoscaling.is_on:
+        return None
+    return {
+        "policy_function": "moeray.autoscaler.serve_policy:ServePolicy",
+        "policy_kwargs": {"config": to_dict(config)},
+    }
+
+
+def _scaled(config: ClusterConfig, deployment: Any) -> Any:
+    """Under the policy where there is one; all three pools, for it hears only of those. Delays are the policy's.
+
+    Serve's default would count requests that never pass through Serve, and stop everybody.
+    """
+    if not config.autoscaling.is_on:
+        return deployment
+    number = deployment.num_replicas
+    limits = {"AttentionShard": config.autoscaling.attention, "ExpertGroup": config.autoscaling.experts}
+    limit = limits.get(deployment.name)
+    fewest, most = (limit.fewest_at_night, limit.most) if limit is not None and limit.most else (number, number)
+    return deployment.options(
+        num_replicas="auto",
+        autoscaling_config={
+            "min_replicas": fewest, "max_replicas": most, "initial_replicas": number,
+            "upscale_delay_s": 0.0, "downscale_delay_s": 0.0, "metrics_interval_s": PUSH_S,
+            "policy": {"policy_function": "moeray.autoscaler.serve_policy:hold"},
+        },
+    )  # fmt: skip
 
 
 def _checked(config: ClusterConfig | Mapping[str, Any] | str | None) -> ClusterConfig:

@@ -3,6 +3,7 @@
 from moeray.config.caches import EngramConfig, KvCacheConfig
 from moeray.config.errors import ConfigError
 from moeray.config.load import load_config, parse_config, to_dict
+from moeray.config.scaling import AutoscalingConfig, PoolScalingConfig
 from moeray.config.schema import (
     POOL_LABEL,
     AttentionConfig,
@@ -22,6 +23,7 @@ from moeray.config.schema import (
 __all__ = [
     "POOL_LABEL",
     "AttentionConfig",
+    "AutoscalingConfig",
     "BatchConfig",
     "ChannelUsers",
     "ClusterConfig",
@@ -32,6 +34,7 @@ __all__ = [
     "IngressConfig",
     "KvCacheConfig",
     "MicroBatches",
+    "PoolScalingConfig",
     "RowFormatName",
     "TenancyConfig",
     "TlsConfig",

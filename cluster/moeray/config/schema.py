@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from moeray.config.caches import EngramConfig, KvCacheConfig
 from moeray.config.fields import FROM_FILE, Count, CountOrZero, Labels, Port, Seconds, SecondsOrZero, Share, bare_off
+from moeray.config.scaling import AutoscalingConfig
 
 POOL_LABEL = "pool"
 """Ray node label that places the pools: a node started with `pool=attention`, `pool=experts` or `pool=ingress`."""
@@ -336,6 +337,26 @@ class ClusterConfig:
     cluster_tls: ClusterTlsConfig = Field(default_factory=ClusterTlsConfig)
     kv_cache: KvCacheConfig = Field(default_factory=KvCacheConfig)
     engram: EngramConfig = Field(default_factory=EngramConfig)
+    autoscaling: AutoscalingConfig = Field(default_factory=AutoscalingConfig)
+
+    @model_validator(mode="after")
+    def _check_autoscaling(self) -> Self:
+        """A pool begins within its bounds."""
+        experts, attention = self.autoscaling.experts, self.autoscaling.attention
+        if experts.most and not self.num_remote_groups:
+            raise ValueError(
+                "autoscaling.experts.most: there are no expert groups (experts.num_groups, transport.backend)"
+            )
+        for key, pool, number in (
+            ("attention.num_shards", attention, self.attention.num_shards),
+            ("experts.num_groups", experts, self.num_remote_groups),
+        ):
+            if pool.most and not pool.fewest_at_night <= number <= pool.most:
+                raise ValueError(
+                    f"{key}: {number} is where the pool begins, but autoscaling.{key.partition('.')[0]} keeps it "
+                    f"between {pool.fewest_at_night} and {pool.most}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _check_cluster_tls(self) -> Self:

@@ -22,21 +22,25 @@ class StepLimit:
 
     Attributes:
         is_excused: set it while a step waits for something that has a limit of its own; that time does not count.
+        spent_s: by all steps that have ended.
     """
 
     def __init__(self) -> None:
         self.is_excused = False
+        self.spent_s = 0.0
         self._step: object | None = None
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """What is done inside is one step. Costs two assignments; not to be nested."""
+        """What is done inside is one step. Costs less than a microsecond; not to be nested."""
         self.is_excused = False
         self._step = object()
+        began = time.perf_counter()
         try:
             yield
         finally:
             self._step = None
+            self.spent_s += time.perf_counter() - began
 
     def start(self, step_s: float, end: Callable[[float], None] | None = None) -> None:
         """Watch from now on, in a thread, to the end of the process.

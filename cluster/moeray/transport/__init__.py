@@ -1,5 +1,6 @@
 """How dispatch and combine move bytes between an attention shard and the expert groups."""
 
+from moeray.transport.busy import BusyCompute
 from moeray.transport.connection import connect
 from moeray.transport.errors import (
     ExpertsMissing,
@@ -18,6 +19,7 @@ from moeray.transport.spec import TransportSpec
 from moeray.transport.timings import HopTimings
 
 __all__ = [
+    "BusyCompute",
     "DispatchHandle",
     "ExpertCompute",
     "ExpertsMissing",

@@ -47,6 +47,11 @@ class ShardEngine:
         return self._client.vllm_config.cache_config.kv_cache_size_tokens or 0
 
     @property
+    def max_running(self) -> int:
+        """Requests that it computes at once."""
+        return int(self._client.vllm_config.scheduler_config.max_num_seqs)
+
+    @property
     def kv_events(self) -> tuple[str, str] | None:
         """Where it tells what its prefix cache holds, and vLLM's name of the hash; None if it does not."""
         config = self._client.vllm_config

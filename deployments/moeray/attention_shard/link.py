@@ -168,6 +168,8 @@ class ShardInfo(msgspec.Struct, frozen=True, tag="shard_info"):
         state: starting | ready | draining | lost.
         num_running, num_waiting: as vLLM's scheduler last reported them.
         num_requests: requests of all ingresses that have not ended.
+        max_running: requests that the engine computes at once.
+        kv_use: share of its KV cache that running requests hold.
         links: names of the connected ingresses.
         hop: the transport's counters, as the worker gives them; empty before the first Connect.
         kv_cache: what the KV tier did, as `moeray_kv_cache` of the worker extension gives it.
@@ -184,6 +186,8 @@ class ShardInfo(msgspec.Struct, frozen=True, tag="shard_info"):
     num_running: int
     num_waiting: int
     num_requests: int
+    max_running: int
+    kv_use: float
     links: list[str]
     hop: dict[str, Any]
     kv_cache: dict[str, Any]

@@ -96,7 +96,7 @@ class Relay:
     Attributes:
         not_ready: why links are refused for now (they try again), None when they are welcome.
         draining: why new requests are refused for good, None when they are not.
-        num_running, num_waiting: as vLLM's scheduler last reported them.
+        num_running, num_waiting, kv_use: as vLLM's scheduler last reported them.
         kv_tokens: what the engine's KV cache holds; 0 if it did not say.
         everything_cached: all that its prefix cache holds, for links that have not heard of it.
     """
@@ -106,6 +106,7 @@ class Relay:
         self.draining: str | None = None
         self.not_ready: str | None = None
         self.num_running = self.num_waiting = self.kv_tokens = 0
+        self.kv_use = 0.0
         self.everything_cached: Callable[[], wire.Cached | None] = lambda: None
         self._waiting_since: float | None = None
         self._engine = engine
@@ -291,6 +292,7 @@ class Relay:
     def _spread(self, step: EngineCoreOutputs) -> None:
         if (stats := step.scheduler_stats) is not None:
             self.num_running, self.num_waiting = stats.num_running_reqs, stats.num_waiting_reqs
+            self.kv_use = stats.kv_cache_usage
         by_link: defaultdict[_Link, list[EngineCoreOutput]] = defaultdict(list)
         for output in step.outputs:
             if (link := self._owner.get(output.request_id)) is not None:

@@ -20,6 +20,7 @@ import ray
 from moeray.attention_shard import link as wire
 from moeray.attention_shard.channels import dial
 from moeray.attention_shard.child import ShardProcess
+from moeray.attention_shard.load import LoadSince
 from moeray.attention_shard.spec import ShardSpec
 from moeray.config import ClusterConfig
 from moeray.controller.member import ClusterMember
@@ -49,6 +50,7 @@ class AttentionShard:
         self._lost = ""
         self._stage = "starting"
         self._is_ready = False
+        self._load = LoadSince()
         self._moving_to: tuple[int, tuple[str, ...], dict[int, str]] | None = None
         self._moving: asyncio.Task[None] | None = None
         self._accusing: set[asyncio.Task[None]] = set()
@@ -211,6 +213,10 @@ class AttentionShard:
     async def _call(self, method: str, request: wire.Connect | wire.Info) -> wire.ShardInfo:
         answer: bytes = await self._channel.unary_unary(method)(wire.encode(request), timeout=CONNECT_TIMEOUT_S)
         return wire.decode_shard_info(answer)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve's autoscaling asks this; see `moeray.autoscaler.observing`."""
+        return self._load.of(await self._info()) if self._is_ready else {}
 
     async def _report(self) -> dict[str, Any]:
         if not self._weights or self._lost:

@@ -192,6 +192,8 @@ class ShardService:
             num_running=relay.num_running,
             num_waiting=relay.num_waiting,
             num_requests=relay.num_requests,
+            max_running=self._engine.max_running,
+            kv_use=relay.kv_use,
             links=relay.link_names,
             hop=hop,
             kv_cache={} if self._lost else await self._engine.call_worker("moeray_kv_cache"),

@@ -69,6 +69,10 @@ def _check_resources(wanted: Mapping[str, int], known: Mapping[str, Any]) -> Non
         deployment = known.get(DEPLOYMENTS[pool])
         if deployment is None:
             raise CommandError(f"{pool}: Ray Serve has no deployment {DEPLOYMENTS[pool]}")
+        if deployment["deployment_config"].get("autoscaling_config"):
+            raise CommandError(
+                f"{pool}: its number follows the load; set its bounds, `autoscaling` of cluster.yaml", status=2
+            )
         more = count - int(deployment["target_num_replicas"])
         options = deployment["deployment_config"]["ray_actor_options"] or {}
         for resource, key in (("CPU", "num_cpus"), ("GPU", "num_gpus")):

@@ -26,6 +26,7 @@ def render(state: dict[str, Any]) -> str:
     head = f"model {state['model']}   {_generation(state)}"
     odd = [f"not the same model: {difference}" for difference in state["mismatches"]]
     odd += [f"warning: {text}" for text in state["warnings"]]
+    odd += [f"autoscaling, {pool}: {wanted['reason']}" for pool, wanted in state.get("autoscaling", {}).items()]
     return "\n".join([head, *odd, f"HTTP  {endpoints['http']}", f"gRPC  {endpoints['grpc']}", "", *table])
 
 

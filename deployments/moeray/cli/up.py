@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from moeray.cli import environment, state_file
 from moeray.cli.connection import connect
@@ -21,7 +21,7 @@ from moeray.cli.errors import CommandError
 from moeray.cli.preflight import preflight
 from moeray.cli.progress import wait_until_ready
 from moeray.cli.tenancy_store import placed
-from moeray.config import ClusterConfig, load_config
+from moeray.config import ClusterConfig, load_config, to_dict
 
 OBJECT_STORE_BYTES = 100 * 2**20  # nothing of ours goes through Ray's object store
 ALREADY_RUNNING = "a cluster is running already (supervisor pid {pid}, {http}); `moeray down` stops it"
@@ -93,16 +93,18 @@ def _deploy(config: ClusterConfig, timeout_s: float) -> state_file.RunningCluste
     import ray
     from ray import serve
 
-    from moeray.app import APP_NAME, build
+    from moeray.app import APP_NAME, autoscaling_policy, build
 
-    application = build(config)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(proxy_location="Disabled")
-    serve.run_many(
-        [serve.RunTarget(application, name=APP_NAME, route_prefix=None, external_scaler_enabled=True)],
-        wait_for_ingress_deployment_creation=False,
-        wait_for_applications_running=False,
-    )
+    if (policy := autoscaling_policy(config)) is None:
+        serve.run_many(
+            [serve.RunTarget(build(config), name=APP_NAME, route_prefix=None, external_scaler_enabled=True)],
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
+    else:
+        _deploy_scaled(config, policy)
     endpoints = wait_until_ready(config, timeout_s)
     return state_file.RunningCluster(
         ray_address=ray.get_runtime_context().gcs_address,
@@ -112,6 +114,23 @@ def _deploy(config: ClusterConfig, timeout_s: float) -> state_file.RunningCluste
         grpc=endpoints["grpc"],
         drain_s=config.ingress.drain_s,
     )
+
+
+def _deploy_scaled(config: ClusterConfig, policy: dict[str, Any]) -> None:
+    """As an application of a Serve configuration: only these have a policy for all their deployments."""
+    from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
+
+    from moeray.app import APP_NAME
+    from moeray.cli.serve_targets import serve_client
+
+    application = ServeApplicationSchema(
+        name=APP_NAME,
+        route_prefix=None,
+        import_path="moeray.app:build",
+        args=to_dict(config),
+        autoscaling_policy=policy,
+    )
+    serve_client().deploy_apps(ServeDeploySchema(applications=[application]))
 
 
 def _detached(file: Path | None, timeout_s: float) -> int:

@@ -44,6 +44,7 @@ class Controller:
         self._state = self._first_state(self._keeper.load() if self._keeper else None)
         self._changed = asyncio.Event()
         self._reports: dict[str, dict[str, Any]] = {}
+        self._scaling: dict[str, dict[str, Any]] = {}
         self._cores = CoreLedger()
         self._leases = LeaseServer(
             self._lost, silence_s=settings.silence_s, certificate=ClusterCertificate.of(settings.cluster_tls)
@@ -126,6 +127,10 @@ class Controller:
         if Role(role) is Role.EXPERT_GROUP:
             self._apply(lambda state: state.scale(count))
 
+    async def note_scaling(self, reasons: dict[str, dict[str, Any]]) -> None:
+        """What autoscaling wants of each pool, and why: pool -> count and reason."""
+        self._scaling = reasons
+
     async def unready(self, id: str) -> None:
         self._apply(lambda state: state.unready(id))
 
@@ -176,6 +181,7 @@ class Controller:
             "endpoints": self._endpoints(),
             "mismatches": list(mismatches.values()),
             "warnings": self._cores.crowding,
+            "autoscaling": self._scaling,
             "processes": [
                 {"role": Role.CONTROLLER, "id": CONTROLLER_NAME, "pid": os.getpid(), "node": _node_id(),
                  "state": MemberState.READY},

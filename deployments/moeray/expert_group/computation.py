@@ -12,7 +12,7 @@ from moeray.config import ClusterConfig
 from moeray.deepseek_v4 import Checkpoint, RoutedExperts
 from moeray.deepseek_v4.source import locate
 from moeray.expert_group.self_test import SelfTest
-from moeray.transport import GroupServer, MergedCompute, ModelIdentity
+from moeray.transport import BusyCompute, GroupServer, MergedCompute, ModelIdentity
 
 if TYPE_CHECKING:
     from moeray.vllm_hooks.kernel_experts import KernelExperts
@@ -24,6 +24,7 @@ class Computation:
 
     Attributes:
         layers: that have routed experts.
+        busy: the experts, and how long they compute.
         merged: between server and experts, where calls may be computed together.
         address: "host:port" that `server` listens on.
     """
@@ -31,6 +32,7 @@ class Computation:
     identity: ModelIdentity
     layers: tuple[int, ...]
     experts: RoutedExperts | KernelExperts
+    busy: BusyCompute
     merged: MergedCompute | None
     server: GroupServer
     address: str
@@ -57,13 +59,14 @@ def start_computation(
         fingerprint=checkpoint.fingerprint(), hidden_size=shape.hidden_size, top_k=shape.top_k,
         num_experts=shape.num_experts, num_layers=shape.num_layers, dtype=shape.dtype,
     )  # fmt: skip
-    merged = MergedCompute(experts) if isinstance(experts, RoutedExperts) and experts.batch_invariant else None
+    busy = BusyCompute(experts)
+    merged = MergedCompute(busy) if isinstance(experts, RoutedExperts) and experts.batch_invariant else None
     test = SelfTest(experts, lambda: experts.held, identity, device, on_broken)
     server = GroupServer(
-        merged or experts, identity, host=host, backend=config.transport.backend, device=str(device),
+        merged or busy, identity, host=host, backend=config.transport.backend, device=str(device),
         channel=config.transport.channel, may_poll=may_poll, tls=config.cluster_tls, on_failure=test.after_failure,
     )  # fmt: skip
-    return Computation(identity, tuple(shape.moe_layers), experts, merged, server, server.start())
+    return Computation(identity, tuple(shape.moe_layers), experts, busy, merged, server, server.start())
 
 
 def _no_experts(checkpoint: Checkpoint, device: torch.device) -> RoutedExperts | KernelExperts:

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 import sys
+import time
 from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,7 @@ class ExpertGroup:
         self._scrubber: Scrubber | None = None
         self._loop = asyncio.get_running_loop()
         self._may_leave = asyncio.Event()
+        self._asked = time.monotonic(), 0.0
         self._member = ClusterMember(Role.EXPERT_GROUP, settings)
         await self._member.join()
         self._member.every(REPORT_S, self._report)
@@ -124,6 +126,14 @@ class ExpertGroup:
         with suppress(ray.exceptions.RayError, MembershipError, TimeoutError):
             await asyncio.wait_for(self._member.lost(reason), LAST_WORDS_S)
         _exit(reason)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve's autoscaling asks this: in what share of the time since it was asked last experts were computed."""
+        if self._computation is None:
+            return {}
+        now_s, spent_s = time.monotonic(), self._computation.busy.spent_s
+        (asked_s, before_s), self._asked = self._asked, (now_s, spent_s)
+        return {"busy": min(1.0, (spent_s - before_s) / max(1e-3, now_s - asked_s))}
 
     async def _report(self) -> dict[str, Any]:
         if self._computation is None or self._follower is None:

@@ -66,6 +66,10 @@ class Ingress:
         """What this ingress knows of its shards (Serve wants an ingress deployment to be callable)."""
         return self._server.describe()
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve's autoscaling asks this; see `moeray.autoscaler.observing`."""
+        return self._server.level
+
     async def check_health(self) -> None:
         """Serve asks this; the server ends only with the replica, so answering is enough."""
 

@@ -141,6 +141,11 @@ class IngressServer:
         return {"name": self.settings.name, **ports, "shards": shards, "admission": admission}
 
     @property
+    def level(self) -> dict[str, float]:
+        """What clients ask for, and how long they wait: see `ServiceLevel.report`."""
+        return self._pool.level.report() if self._pool is not None else {}
+
+    @property
     def num_requests(self) -> int:
         return len(self._pool.in_flight) if self._pool is not None else 0
 

@@ -23,6 +23,7 @@ from moeray.ingress.admission import Admission
 from moeray.ingress.in_flight import InFlight, Loss
 from moeray.ingress.prefix_index import PrefixIndex, Sessions
 from moeray.ingress.routing import Candidate, choose
+from moeray.ingress.service_level import ServiceLevel
 from moeray.ingress.shard_link import SILENCE_S, LinkState, ShardLink
 from moeray.ingress.suspects import Suspects
 from moeray.ingress.waiting import Waiting
@@ -57,6 +58,7 @@ class ShardPool:
     Attributes:
         in_flight: request id -> InFlight, for every request that has not ended.
         continued: how often a request went on on another shard.
+        level: what clients ask for, and how long they wait.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class ShardPool:
         self.admission = Admission(limits)
         self.in_flight: dict[str, InFlight] = {}
         self.continued = 0
+        self.level = ServiceLevel()
         self.prefixes = PrefixIndex()
         self._kv_cache = kv_cache or KvCacheConfig(host_bytes=0)
         self._pool = ["pool"] if self._kv_cache.redis_url else []
@@ -136,6 +139,8 @@ class ShardPool:
         """
         if self._is_closing:
             return
+        if shards.keys() != self._links.keys():
+            self.level.changed()
         for name, link in list(self._links.items()):
             if name not in shards and self._load[name]:
                 self._leaving.add(name)
@@ -185,6 +190,7 @@ class ShardPool:
             raise NoShardReady(self._held or self._why_none())
 
     def admit(self, need: Need) -> Place:
+        self.level.asked(need.num_prompt, need.num_sequences)
         self.check_ready()
         return self.admission.admit(need, self.ready_shards)
 
@@ -254,10 +260,15 @@ class ShardPool:
             self._move(known, Loss.LEFT, "its engine aborted it")  # what we abort is not known any more
             return False
         output.request_id = known.request_id
-        known.record(output, asyncio.get_running_loop().time())
+        now = asyncio.get_running_loop().time()
+        if output.new_token_ids:
+            cached = None if known.token_ids else getattr(output.prefill_stats, "num_cached_tokens", 0)
+            self.level.answered(now - known.progress_at, len(output.new_token_ids), cached)
+        known.record(output, now)
         if known.place is not None:
             known.place.answered()
         if output.finish_reason is not None:
+            self.level.ended(len(known.token_ids))
             self._end(known)
         elif self._suspects.discard(known):
             self._place_waiting()

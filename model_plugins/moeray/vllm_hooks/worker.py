@@ -134,8 +134,11 @@ class WorkerExtension:
         }
 
     def moeray_hop(self) -> dict[str, Any]:
-        """Costs of the hop since the last connect: see `HopCosts`, plus `generation`, `stages` and `micro_batches`."""
-        return hop_report()
+        """Costs of the hop since the last connect: see `HopCosts`, plus `generation`, `stages` and `micro_batches`.
+
+        `steps_us` is the time of all steps; 0 where vLLM's workers are processes of their own.
+        """
+        return {**hop_report(), "steps_us": 1e6 * step_limit.spent_s}
 
     def moeray_kv_cache(self) -> dict[str, Any]:
         """What the KV tier did since the engine began: see `KvTierConnector.report`; empty without one.

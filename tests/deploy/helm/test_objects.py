@@ -46,6 +46,20 @@ def test_the_serve_config_is_taken_by_ray_serve_and_by_our_own_loader(example: s
     parse_config(cluster_config(manifests))
 
 
+def test_a_cluster_whose_numbers_follow_the_load_has_moerays_policy() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    from moeray.app import autoscaling_policy
+
+    manifests = render(overlaid("", {"config": {"autoscaling": {"attention": {"most": 8}}}}))
+    (application,) = ServeDeploySchema.model_validate(serve_config(manifests)).applications
+    assert not application.external_scaler_enabled and application.autoscaling_policy is not None
+    config = parse_config(cluster_config(manifests))
+    assert parse_config(application.autoscaling_policy["policy_kwargs"]["config"]) == config
+    wanted = autoscaling_policy(config)
+    assert wanted is not None and application.autoscaling_policy["policy_function"] == wanted["policy_function"]
+
+
 @pytest.mark.parametrize("example", ALL)
 def test_processes_fill_the_pods_of_their_pool(example: str) -> None:
     manifests = render(values_of(example))

@@ -29,6 +29,7 @@ class Engine:
 
     vllm = model = "x"
     kv_tokens = pid = 0
+    max_running = 8
     kv_events = None
     num_workers = 1
 

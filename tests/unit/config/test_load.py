@@ -49,6 +49,13 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
             {"engram": {"placement": "sharded", "num_servers": 2, "copies": 3}},
             "engram.copies: 3 copies need as many row servers, but engram.num_servers is 2",
         ),
+        ({"autoscaling": {"attention": {"most": 1}}}, "attention.num_shards: 2 is where the pool begins"),
+        ({"autoscaling": {"attention": {"fewest": 9, "most": 4}}}, "autoscaling.attention: fewest_at_night"),
+        (
+            {"autoscaling": {"experts": {"most": 4}}, "experts": {"num_groups": 0}},
+            "autoscaling.experts.most: there are no",
+        ),
+        ({"autoscaling": {"night": [22, 25]}}, r"autoscaling.night.*24"),
         ({"model": ""}, "model: .*at least 1 character"),
         (["model"], "must be a mapping"),
     ],
