@@ -79,6 +79,7 @@ class _Pool:
         load: all of it, in the measure that is remembered; None: not known.
         is_whole: every process has said lately how it is.
         is_full: of shards: this load is too much, whatever the goals say.
+        is_settled: `load` stands still; of one that has just begun, or ended, nothing is learned.
     """
 
     limits: Limits
@@ -90,6 +91,7 @@ class _Pool:
     load: float | None
     is_whole: bool
     is_full: bool = False
+    is_settled: bool = True
 
 
 def decide(settings: PolicySettings, memory: Memory, seen: Observation) -> tuple[Memory, Decision]:
@@ -133,7 +135,18 @@ def _shards(settings: PolicySettings, memory: PoolMemory, tokens: Trend, seen: O
             needs.append(_Need(count, f"{ahead:.0f} tokens/s{coming}, {memory.too_much:.0f} in each were too many"))
     serving, whole = len(seen.shards), bool(fresh) and not silent and load is not None
     is_full = any(need.count > serving for need in full)
-    return _Pool(settings.shards, memory, serving, seen.joining_shards, tuple(needs), floor, load, whole, is_full)
+    return _Pool(
+        settings.shards,
+        memory,
+        serving,
+        seen.joining_shards,
+        tuple(needs),
+        floor,
+        load,
+        whole,
+        is_full,
+        tokens.is_settled,
+    )
 
 
 def _groups(settings: PolicySettings, limits: Limits, memory: PoolMemory, seen: Observation) -> _Pool:
@@ -182,7 +195,7 @@ def _learned(pool: _Pool, settings: PolicySettings, missed: str) -> _Pool:
         return pool
     each = pool.load / pool.serving
     memory = pool.memory
-    if (missed or pool.is_full) and not pool.joining:
+    if (missed or pool.is_full) and not pool.joining and pool.is_settled:
         memory = replace(memory, too_much=min(memory.too_much, each))
     elif not missed and not pool.is_full and each > memory.too_much:
         memory = replace(memory, too_much=each)  # it is not, any more

@@ -9,6 +9,8 @@ SMOOTHED_S = 30.0
 """Of the level; the slope is smoothed over three times as long."""
 NOISE = 0.05
 """So much of a rise, as a share of the level, is not believed."""
+SETTLED = 0.2
+"""A level that changes by no more than this share of it while it is smoothed stands still."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,3 +37,8 @@ class Trend:
     def ahead(self, seconds: float) -> float:
         """The level then, if it rises; now's if it does not."""
         return self.level + max(0.0, self.slope * seconds - NOISE * self.level)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the level is that of the load, and not on its way there."""
+        return abs(self.slope) * SMOOTHED_S <= SETTLED * self.level

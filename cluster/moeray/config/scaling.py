@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass
 
 from moeray.config.fields import FROM_FILE, Count, CountOrZero, Seconds, SecondsOrZero, Share
 
+Part = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Hour = Annotated[float, Field(ge=0, le=24, allow_inf_nan=False)]
 
 
@@ -43,6 +44,8 @@ class AutoscalingConfig:
         utc_offset_h: of the clock that `night` means.
         out_s: at least so long between two decisions to grow.
         in_s: a pool shrinks when fewer have been enough for so long.
+        full: share of its places for requests, and of its KV cache, that a shard may use.
+        busy: share of the time that a group may compute.
         join_s: what a process takes to serve; a growing load is foreseen so far.
     """
 
@@ -55,6 +58,8 @@ class AutoscalingConfig:
     out_s: SecondsOrZero = 15.0
     in_s: SecondsOrZero = 300.0
     join_s: SecondsOrZero = 60.0
+    full: Part = 0.8
+    busy: Part = 0.7
 
     @property
     def is_on(self) -> bool:

@@ -19,6 +19,8 @@ def policy_settings(config: ClusterConfig) -> PolicySettings:
         shards=_limits(scaling.attention, config.attention.num_shards),
         groups=_limits(scaling.experts, config.num_remote_groups) if config.num_remote_groups else None,
         night=None if scaling.night is None else (scaling.night[0], scaling.night[1]),
+        full=scaling.full,
+        busy=scaling.busy,
         out_s=scaling.out_s,
         in_s=scaling.in_s,
         join_s=scaling.join_s,

@@ -178,6 +178,17 @@ def test_a_load_that_was_too_much_once_is_managed_when_it_is_seen_to_be() -> Non
     assert missed.shards.too_much == 25.0
 
 
+def test_of_a_load_that_has_just_begun_it_is_not_learned_how_much_is_too_much() -> None:
+    """The rate is that of the last minute: while it is still growing, it says less than was asked for."""
+    full, memory = replace(QUIET, running=64, waiting=64), Memory()
+    for second in range(10):
+        memory, _ = decide(SETTINGS, memory, replace(seen(full, tokens_per_s=100.0 * second), now_s=float(second)))
+    assert memory.shards.too_much == float("inf")
+    for second in range(10, 400):
+        memory, _ = decide(SETTINGS, memory, replace(seen(full, tokens_per_s=1000.0), now_s=float(second)))
+    assert memory.shards.too_much == pytest.approx(1000, rel=0.2)
+
+
 def test_limits_that_contradict_each_other_are_refused() -> None:
     for wrong in ({"fewest": 3, "most": 2}, {"fewest_at_night": 2}, {"step_out": 0}, {"cost": -1.0}):
         with pytest.raises(ValueError):
