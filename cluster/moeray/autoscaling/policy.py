@@ -191,17 +191,15 @@ def _who_lacks(settings: PolicySettings, seen: Observation) -> str:
 
 def _learned(pool: _Pool, settings: PolicySettings, missed: str) -> _Pool:
     """With what this moment says of the load that is too much for one process."""
-    if not pool.serving or pool.load is None:
+    if not pool.serving:
         return pool
-    each = pool.load / pool.serving
-    memory = pool.memory
-    if (missed or pool.is_full) and not pool.joining and pool.is_settled:
+    memory, needs, each = pool.memory, pool.needs, (pool.load or 0.0) / pool.serving
+    if missed and not pool.joining:
+        needs = (*needs, _Need(pool.serving / (1 - settings.margin), f"the goal: {missed}"))
+    if (missed or pool.is_full) and not pool.joining and pool.is_settled and each > 0:
         memory = replace(memory, too_much=min(memory.too_much, each))
     elif not missed and not pool.is_full and each > memory.too_much:
         memory = replace(memory, too_much=each)  # it is not, any more
-    needs = pool.needs
-    if missed and not pool.joining:
-        needs = (*needs, _Need(pool.serving / (1 - settings.margin), f"the goal: {missed}"))
     return replace(pool, memory=memory, needs=needs)
 
 

@@ -178,6 +178,12 @@ def test_a_load_that_was_too_much_once_is_managed_when_it_is_seen_to_be() -> Non
     assert missed.shards.too_much == 25.0
 
 
+@pytest.mark.parametrize("rate", [None, 0.0])
+def test_a_missed_goal_counts_though_nobody_knows_the_rate(rate: float | None) -> None:
+    _, decision = decide(SETTINGS, Memory(), seen(QUIET, QUIET, tokens_per_s=rate, tpot=Percentile(1.0)))
+    assert decision.shards.count == 3 and "the goal: time per token" in decision.shards.reason
+
+
 def test_of_a_load_that_has_just_begun_it_is_not_learned_how_much_is_too_much() -> None:
     """The rate is that of the last minute: while it is still growing, it says less than was asked for."""
     full, memory = replace(QUIET, running=64, waiting=64), Memory()
