@@ -13,22 +13,15 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import contextlib
 import json
-import os
-import socket
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import records
-import yaml
+from whole import cluster
 
 BASELINE = {"attention": {"num_shards": 1}, "transport": {"backend": "local"}}
 TOPOLOGIES = {
@@ -50,7 +43,7 @@ def main() -> None:
         for name in names:
             with cluster(TOPOLOGIES[name]) as split:
                 for concurrency in (1, 8):
-                    found.append(compare(name, split, baseline, concurrency, pairs))
+                    found.append(compare(name, split.http, baseline.http, concurrency, pairs))
                     print(describe(found[-1]), flush=True)
     if options.json:
         records.write(options.json, found, pairs=pairs)
@@ -96,28 +89,10 @@ def complete(url: str, number: int) -> int:
         "ignore_eos": True,
     }
     request = urllib.request.Request(  # noqa: S310
-        f"{url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+        f"http://{url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=300) as answer:  # noqa: S310
         return int(json.loads(answer.read())["usage"]["completion_tokens"])
-
-
-@contextlib.contextmanager
-def cluster(config: dict[str, Any]) -> Iterator[str]:
-    """A running cluster's HTTP url."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
-        ports = [each.getsockname()[1] for each in sockets]
-    with tempfile.TemporaryDirectory(prefix="moeray-bench-") as folder:
-        file = Path(folder) / "cluster.yaml"
-        file.write_text(yaml.safe_dump(config | {"ingress": {"http_port": ports[0], "grpc_port": ports[1]}}))
-        env = {**os.environ, "MOERAY_STATE_DIR": folder}
-        command = [sys.executable, "-m", "moeray.cli"]
-        subprocess.run([*command, "up", "-f", str(file), "--detach"], env=env, check=True, stdout=subprocess.DEVNULL)
-        try:
-            yield f"http://127.0.0.1:{ports[0]}"
-        finally:
-            subprocess.run([*command, "down"], env=env, check=True, stdout=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":
