@@ -18,7 +18,6 @@ import statistics
 import time
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 import records
 from whole import cluster
@@ -88,7 +87,7 @@ def complete(url: str, number: int) -> int:
         "temperature": 0,
         "ignore_eos": True,
     }
-    request = urllib.request.Request(  # noqa: S310
+    request = urllib.request.Request(
         f"http://{url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=300) as answer:  # noqa: S310
