@@ -35,7 +35,7 @@ from whole import Running, cluster
 MODEL = "moeray-tiny"
 PLACES, ANSWER_TOKENS = 1, 48
 TTFT_S, TPOT_S = 1.0, 0.1
-QUIET_PER_S, BURST_PER_S = 0.3, 2.6
+QUIET_PER_S, BURST_PER_S = 0.2, 2.2
 POOLS = {"attention": "attention_shard", "experts": "expert_group"}
 FIXED: dict[str, Any] = {
     "attention": {"num_shards": 1, "engine_args": {"max_num_seqs": PLACES}},

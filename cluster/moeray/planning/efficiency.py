@@ -30,6 +30,7 @@ class Efficiency:
         split_us: of one step more where experts are apart.
         imbalance: the fullest rank's tokens against the mean.
         latency: factor on the catalogue's time of a message.
+        interference: where all processes share a machine's cores: by so much work slows when all of them are busy.
     """
 
     attention_flops: float = 0.5
@@ -46,6 +47,7 @@ class Efficiency:
     split_us: float = 0.0
     imbalance: float = 1.15
     latency: float = 1.0
+    interference: float = 0.0
 
     def __post_init__(self) -> None:
         for each in fields(self):

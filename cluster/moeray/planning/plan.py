@@ -91,11 +91,11 @@ def topologies(task: Task) -> Iterator[Topology]:
     `data` is not served by moeray (`experts.num_groups: 0` is one engine, and its attention tensor parallel): it is in
     the table because it is what splitting must be compared with.
     """
-    shape = task.shape
+    shape, can_join = task.shape, task.attention.name != "CPU"  # vLLM's CPU kernels know no expert parallelism
     for ranks in _sizes(task.most):
-        if ranks <= min(a.heads for a in shape.attention) and ranks <= task.attention.domain:
+        if ranks == 1 or (can_join and ranks <= min(a.heads for a in shape.attention)):
             yield Topology("tensor", ranks)
-        if 1 < ranks <= shape.experts:
+        if can_join and 1 < ranks <= shape.experts:
             yield Topology("data", ranks)
     for groups in _sizes(min(task.most - 1, shape.experts)):
         for shards in _sizes(task.most - groups):
@@ -192,7 +192,7 @@ class _Timed:
         per_s = each_per_s * engines
         found = Candidate(
             topology, _replicas(task, per_s), batch, step, ttft_s, tpot_s, prefill, per_s,
-            per_s * output / topology.devices, self._cost(per_s, prefill),
+            per_s * output / topology.devices, self._cost(_used(task, per_s), prefill),
         )  # fmt: skip
         goals = task.goals
         if tpot_s > goals.tpot_s:
@@ -226,6 +226,12 @@ def fetch_s(task: Task) -> float:
 def _replicas(task: Task, per_s: float) -> int:
     rate = task.workload.rate
     return 1 if rate is None else max(1, -int(-rate // per_s))
+
+
+def _used(task: Task, per_s: float) -> float:
+    """Requests/s that one of the replicas gets: whoever has room for more pays for it."""
+    rate = task.workload.rate
+    return per_s if rate is None else min(per_s, rate / _replicas(task, per_s))
 
 
 def verdict(task: Task, candidates: tuple[Candidate, ...], best: Candidate | None) -> str:

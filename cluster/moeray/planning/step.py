@@ -143,10 +143,18 @@ def _layer_us(layer: _Layer, topology: Topology, machines: Machines, cut: int) -
             total = layer.attention + max(layer.shared, away)
         else:
             total = max(cut * own, cut * layer.all_experts, own + away)
-    if machines.shared_cores:
-        busy = cut * (topology.attention * own + topology.groups * layer.all_experts)
-        total = max(total, busy / machines.shared_cores)
-    return total
+    busy = cut * (topology.attention * own + topology.groups * layer.all_experts)
+    return _beside_others(total, busy, machines)
+
+
+def _beside_others(total: float, busy: float, machines: Machines) -> float:
+    """With cores that are shared, and that slow each other down when they are busy at once (SMT, caches, memory)."""
+    cores = machines.shared_cores
+    if not cores:
+        return total
+    total = max(total, busy / cores)
+    overlap = max(0.0, busy / total - 1) / (cores - 1) if cores > 1 else 0.0
+    return total * (1 + machines.efficiency.interference * min(1.0, overlap))
 
 
 def _layer(

@@ -11,11 +11,12 @@ class BusyCompute:
     """A computation and the time that it takes.
 
     Attributes:
-        spent_s: by all calls that have ended; of calls side by side each counts.
+        calls: that have ended.
+        spent_s: by them; of calls side by side each counts.
     """
 
     def __init__(self, compute: Callable[..., Any]) -> None:
-        self._compute, self.spent_s = compute, 0.0
+        self._compute, self.calls, self.spent_s = compute, 0, 0.0
 
     def __call__(self, *arguments: Any) -> Any:
         began = perf_counter()
@@ -23,3 +24,4 @@ class BusyCompute:
             return self._compute(*arguments)
         finally:
             self.spent_s += perf_counter() - began
+            self.calls += 1

@@ -91,7 +91,7 @@ def ask_http(
         "stream": True,
         "chat_template_kwargs": {"thinking": thinking},
     }
-    with _open(f"{url}/v1/chat/completions", identity, json.dumps(body).encode()) as answer:
+    with open_url(f"{url}/v1/chat/completions", identity, json.dumps(body).encode()) as answer:
         for line in answer:
             text = line.decode().removeprefix("data: ").strip()
             if not text or text == "[DONE]":
@@ -144,11 +144,12 @@ def ask_grpc(
 
 
 def _get(url: str, identity: Identity) -> Any:
-    with _open(url, identity, None) as answer:
+    with open_url(url, identity, None) as answer:
         return json.loads(answer.read())
 
 
-def _open(url: str, identity: Identity, body: bytes | None) -> Any:
+def open_url(url: str, identity: Identity, body: bytes | None) -> Any:
+    """The answer of a GET, or of a POST of this JSON, to be read as it comes. Raises CommandError."""
     headers = {"content-type": "application/json"}
     if identity.api_key:
         headers["authorization"] = f"Bearer {identity.api_key}"

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moeray.cli.errors import CommandError
+from moeray.cli.plan_arguments import add_plan_command
 from moeray.cli.tenant_arguments import add_tenant_commands
 from moeray.config import ConfigError
 
@@ -23,6 +24,7 @@ examples:
   moeray down                              stop what `up` started
   moeray cache stats                       shared KV blocks: how many, how often fetched and why not
   moeray inspect DIRECTORY --groups 8      what a checkpoint holds, and what each of 8 expert groups would read
+  moeray plan -f plan.yaml                 what a model needs and costs, split or not; `moeray plan --help` has more
   moeray tenant create search              a tenant and its first key; `moeray tenant --help` has more
   moeray usage --by tenant                 who used how much
   RAY_ADDRESS=host:6379 moeray up          on a Ray cluster that is there already
@@ -86,6 +88,10 @@ def _run(options: argparse.Namespace) -> int:
         return inspect_checkpoint(
             options.checkpoint, groups=options.groups, redundant=options.redundant, as_json=options.json
         )
+    if options.command == "plan":
+        from moeray.cli.plan_arguments import run_plan
+
+        return run_plan(options)
     if options.command == "tenant":
         from moeray.cli.tenant import tenant
 
@@ -176,6 +182,7 @@ def _parser() -> argparse.ArgumentParser:
         "--redundant", type=int, default=0, metavar="R", help="with --groups: R extra copies per layer (default 0)"
     )
 
+    add_plan_command(commands)
     add_tenant_commands(commands)
 
     demo = commands.add_parser(

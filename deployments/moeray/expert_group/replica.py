@@ -153,6 +153,8 @@ class ExpertGroup:
                 "bytes": experts.weight_bytes,
                 "bytes_read": experts.bytes_read,
                 "routed_tokens": int(tokens.sum()),
+                "calls": self._computation.busy.calls,
+                "calls_us": 1e6 * self._computation.busy.spent_s,
                 "calls_per_batch": round(merged.calls_per_batch, 2) if merged else 1.0,
                 "tokens_per_layer": {layer: tokens[layer].tolist() for layer in self._computation.layers},
             },

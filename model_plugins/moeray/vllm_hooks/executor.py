@@ -9,6 +9,7 @@ start and a copy of every step. vLLM's executor of several processes has a longe
 from __future__ import annotations
 
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
@@ -20,8 +21,25 @@ step_limit = StepLimit()
 """Of this process' engine; watched once the model is loaded (`WorkerExtension.moeray_guard`)."""
 
 
+@dataclass(slots=True)
+class StepCounts:
+    """Steps of this process' engine that computed something, and the tokens of them."""
+
+    steps: int = 0
+    tokens: int = 0
+
+
+step_counts = StepCounts()
+
+
 class ShardExecutor(UniProcExecutor):  # type: ignore[misc, unused-ignore]
     """vLLM's in-process executor under a name of its own: `uni` would be turned into `mp` on CPU."""
+
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        if tokens := scheduler_output.total_num_scheduled_tokens:
+            step_counts.steps += 1
+            step_counts.tokens += tokens
+        return super().execute_model(scheduler_output, *args, **kwargs)
 
     def collective_rpc(self, *args: Any, **kwargs: Any) -> Any:
         """Every call of the worker comes through here: steps, and what the shard process asks for."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from functools import cache
+from time import monotonic
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from moeray.placement import Placement
 from moeray.transport import ModelIdentity, Transport, TransportSpec, connect
 from moeray.vllm_hooks import continued_requests, micro_batch_choice
 from moeray.vllm_hooks.engram_layer import EngramLayer
-from moeray.vllm_hooks.executor import step_limit
+from moeray.vllm_hooks.executor import step_counts, step_limit
 from moeray.vllm_hooks.hop import Connect, OnWaiting, hop
 from moeray.vllm_hooks.kv_settings import CONNECTOR
 from moeray.vllm_hooks.loader import last_report
@@ -136,9 +137,11 @@ class WorkerExtension:
     def moeray_hop(self) -> dict[str, Any]:
         """Costs of the hop since the last connect: see `HopCosts`, plus `generation`, `stages` and `micro_batches`.
 
-        `steps_us` is the time of all steps; 0 where vLLM's workers are processes of their own.
+        `steps` and `step_tokens` count those that computed something, `steps_us` is the time in them, `at_us` now by a
+        clock of this process; 0 where vLLM's workers are processes of their own.
         """
-        return {**hop_report(), "steps_us": 1e6 * step_limit.spent_s}
+        steps = {"steps": step_counts.steps, "step_tokens": step_counts.tokens, "steps_us": 1e6 * step_limit.spent_s}
+        return {**hop_report(), **steps, "at_us": 1e6 * monotonic()}
 
     def moeray_kv_cache(self) -> dict[str, Any]:
         """What the KV tier did since the engine began: see `KvTierConnector.report`; empty without one.

@@ -1,0 +1,84 @@
+"""Predicted and measured step times of whole clusters on this machine: `moeray plan`, calibrated on a few of them.
+
+    python benchmarks/planning.py [--quick] [--json FILE]
+
+Each topology is started as users start it and decodes batches of several sizes. The planner's numbers are found from the
+smallest, the middle and the largest batch of 1A x 1E, and one batch of 2A x 1E, which says how much the machine's cores
+slow each other down; everything else is predicted only. The error is of the time from one step to the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import records
+import yaml
+from records import Record
+from whole import cluster
+
+from moeray.cli.calibrate import spread, table
+from moeray.planning import Efficiency, Topology, parse_plan, task_of
+from moeray.planning.calibration import Compared, Measured, Setting, calibrate, compare
+from moeray.tiny import checkpoint_path
+
+ALONE, BESIDE = "1A x 1E", "2A x 1E"
+TOPOLOGIES: dict[str, dict[str, Any]] = {
+    ALONE: {"attention": {"num_shards": 1}, "experts": {"num_groups": 1}},
+    BESIDE: {"attention": {"num_shards": 2}, "experts": {"num_groups": 1}},
+    "1A x 2E": {"attention": {"num_shards": 1}, "experts": {"num_groups": 2}},
+    "2A x 2E": {"attention": {"num_shards": 2}, "experts": {"num_groups": 2}},
+    "plain": {"attention": {"num_shards": 1}, "experts": {"num_groups": 0}},
+}
+PLAN = {"model": {"config": str(checkpoint_path())}, "hardware": {"attention": "CPU", "shared_cores": 2}}
+BATCHES = "1,2,4,8,16"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="three topologies (five minutes instead of nine)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the records there")
+    options = parser.parse_args()
+    names = list(TOPOLOGIES)[:3] if options.quick else list(TOPOLOGIES)
+    found = {name: measured(name) for name in names}
+    task = task_of(parse_plan(PLAN), Efficiency())
+    setting = Setting(task.shape, task.formats, task.attention, task.experts, task.shared_cores)
+    beside = sorted(found[BESIDE], key=lambda each: each.tokens)
+    fitted = [*spread(found[ALONE], 3), beside[len(beside) // 2]]
+    compared = compare(setting, calibrate(setting, fitted), [each for name in names for each in found[name]], fitted)
+    print(table(compared))
+    if options.json:
+        records.write(options.json, [record_of(each) for each in compared])
+
+
+def measured(name: str) -> list[Measured]:
+    """Of one topology, by `moeray plan --measure --json`."""
+    print(f"{name}: starting", flush=True)
+    with cluster(TOPOLOGIES[name]) as running, tempfile.TemporaryDirectory() as folder:
+        plan = Path(folder) / "plan.yaml"
+        plan.write_text(yaml.safe_dump(PLAN), encoding="utf-8")
+        answer = running.moeray("plan", "-f", str(plan), "--measure", "--json", "--batches", BATCHES)
+    return [
+        Measured(**{**each["measured"], "topology": Topology(**each["measured"]["topology"])})
+        for each in json.loads(answer)
+    ]
+
+
+def record_of(each: Compared) -> Record:
+    return {
+        "topology": each.measured.topology.name,
+        "tokens": round(each.measured.tokens, 1),
+        "measured_ms": round(each.measured.step / 1e3, 2),
+        "predicted_ms": round(each.predicted.total / 1e3, 2),
+        "error": round(each.error, 3),
+        "fitted": each.is_fitted,
+        "measured": {key: round(value, 1) for key, value in asdict(each.measured).items() if isinstance(value, float)},
+    }
+
+
+if __name__ == "__main__":
+    main()
