@@ -9,6 +9,8 @@ from pathlib import Path
 
 from records import Record
 
+from moeray.autoscaling.simulator import Outcome
+
 WIDTH, HEIGHT = 340, 240
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 30, 36
 COLOURS = ("#1b6ca8", "#c8553d", "#3a7d44", "#8a5a9e", "#d9a441", "#555555", "#2a9d8f", "#b5179e")
@@ -33,6 +35,33 @@ def step(found: Sequence[Record], file: Path) -> None:
         lines = _lines([each for each in found if each["model"] == model], "topology", "throughput_ratio")
         panels.append(_panel(f"{model}: throughput / monolithic", lines))
     _write(file, panels)
+
+
+def over_time(title: str, ours: Outcome, theirs: Outcome, file: Path) -> None:
+    """Processes over the hours of a trace, of two policies; linear."""
+    wide, end_s = 2 * WIDTH, float(ours.at_s[-1])
+    most = max(float((each.shards + each.groups).max()) for each in (ours, theirs))
+
+    def points(outcome: Outcome) -> str:
+        every = max(1, len(outcome.at_s) // wide)
+        return " ".join(
+            f"{LEFT + at / end_s * (wide - LEFT - RIGHT):.1f},{HEIGHT - BOTTOM - count / most * (HEIGHT - TOP - BOTTOM):.1f}"
+            for at, count in zip(outcome.at_s[::every], (outcome.shards + outcome.groups)[::every], strict=True)
+        )
+
+    parts = [f'<text x="{LEFT}" y="16" font-weight="bold">{escape(title)}: shards and groups over hours</text>']
+    for share in (0.0, 0.5, 1.0):
+        y = HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+        parts.append(f'<line x1="{LEFT}" y1="{y:.1f}" x2="{wide - RIGHT}" y2="{y:.1f}" stroke="#ddd"/>')
+        parts.append(f'<text x="{LEFT - 5}" y="{y + 3:.1f}" text-anchor="end">{share * most:.0f}</text>')
+        x = LEFT + share * (wide - LEFT - RIGHT)
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 14}" text-anchor="middle">{share * end_s / 3600:.1f}</text>')
+    for number, (name, outcome) in enumerate((("goals", ours), ("queue length", theirs))):
+        parts.append(
+            f'<polyline points="{points(outcome)}" fill="none" stroke="{COLOURS[number]}" stroke-width="1.5"/>'
+            f'<text x="{LEFT + 6}" y="{TOP + 10 + 12 * number}" fill="{COLOURS[number]}">{name}</text>'
+        )
+    _write(file, ["\n".join(parts)], wide)
 
 
 def _lines(found: Iterable[Record], name: str, value: str) -> list[Line]:
@@ -85,9 +114,9 @@ def _ticks(low: float, high: float) -> list[float]:
     return [tick for tick in candidates if low <= tick <= high]
 
 
-def _write(file: Path, panels: Sequence[str]) -> None:
-    groups = "\n".join(f'<g transform="translate({WIDTH * i},0)">\n{panel}\n</g>' for i, panel in enumerate(panels))
-    size = f'width="{WIDTH * len(panels)}" height="{HEIGHT}"'
+def _write(file: Path, panels: Sequence[str], width: int = WIDTH) -> None:
+    groups = "\n".join(f'<g transform="translate({width * i},0)">\n{panel}\n</g>' for i, panel in enumerate(panels))
+    size = f'width="{width * len(panels)}" height="{HEIGHT}"'
     file.write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="10">\n'
         f'<rect width="100%" height="100%" fill="white"/>\n{groups}\n</svg>\n',

@@ -21,8 +21,8 @@ class Limits:
         fewest: processes by day.
         fewest_at_night: at night, see `PolicySettings.night`.
         most: processes at any time.
-        step_out: processes that are started at once.
-        step_in: processes that are stopped at once.
+        step_out: processes that may be started at once; or as many as there are, if that is more.
+        step_in: processes that may be stopped at once; or a tenth of what there is, if that is more.
         cost: of a process, per hour, in any currency: where either pool could grow, the cheaper one does.
     """
 
@@ -51,6 +51,7 @@ class PolicySettings:
         full: share of its requests' places and KV that a shard may use.
         busy: share of the time that a group may compute.
         margin: below a load that was too much, this share is left free.
+        most_times: a pool grows to no more than so many times its number for a goal that is missed.
         hysteresis: a pool shrinks if it would be enough for so much more than there is.
         out_s: between two decisions to grow.
         in_s: for so long fewer must have been enough, and nothing changed, before a pool shrinks.
@@ -67,6 +68,7 @@ class PolicySettings:
     full: float = 0.8
     busy: float = 0.7
     margin: float = 0.1
+    most_times: float = 2.0
     hysteresis: float = 0.15
     out_s: float = 15.0
     in_s: float = 300.0

@@ -69,6 +69,14 @@ class _Need:
 
 
 @dataclass(frozen=True, slots=True)
+class _Missed:
+    """A goal, in words, and how many times as long as it says it takes."""
+
+    reason: str
+    times: float
+
+
+@dataclass(frozen=True, slots=True)
 class _Pool:
     """One pool at this moment.
 
@@ -102,12 +110,12 @@ def decide(settings: PolicySettings, memory: Memory, seen: Observation) -> tuple
     """
     tokens = memory.tokens if seen.tokens_per_s is None else memory.tokens.seen(seen.tokens_per_s, seen.now_s)
     missed, whose = _missed(settings, seen), _who_lacks(settings, seen)
-    shards = _learned(_shards(settings, memory.shards, tokens, seen), settings, missed if whose == "shards" else "")
+    shards = _learned(_shards(settings, memory.shards, tokens, seen), settings, missed if whose == "shards" else None)
     shard_memory, wanted_shards = _want(settings, shards, seen, missed)
     if settings.groups is None:
         return Memory(tokens, shard_memory, memory.groups), Decision(wanted_shards)
     groups = _learned(
-        _groups(settings, settings.groups, memory.groups, seen), settings, missed if whose == "groups" else ""
+        _groups(settings, settings.groups, memory.groups, seen), settings, missed if whose == "groups" else None
     )
     group_memory, wanted_groups = _want(settings, groups, seen, missed)
     return Memory(tokens, shard_memory, group_memory), Decision(wanted_shards, wanted_groups)
@@ -164,18 +172,18 @@ def _sum(values: Sequence[float], silent: int) -> float:
     return sum(values) + silent * max(values)
 
 
-def _missed(settings: PolicySettings, seen: Observation) -> str:
-    """Which goal, in words; empty: none that is known."""
-
-    def late(name: str, found: Percentile | None, goal_s: float) -> str:
-        if found is None or found.age_s > settings.stale_s or found.p95_s <= goal_s:
-            return ""
-        return f"{name} p95 is {found.p95_s:.3g} s, the goal {goal_s:g} s"
-
+def _missed(settings: PolicySettings, seen: Observation) -> _Missed | None:
+    """The goal that is missed by most; None: none that is known."""
     goals = settings.goals
-    return late("time to first token", seen.ttft, goals.ttft_p95_s) or late(
-        "time per token", seen.tpot, goals.tpot_p95_s
-    )
+    known = (
+        ("time to first token", seen.ttft, goals.ttft_p95_s), ("time per token", seen.tpot, goals.tpot_p95_s)
+    )  # fmt: skip
+    late = [
+        _Missed(f"{name} p95 is {found.p95_s:.3g} s, the goal {goal_s:g} s", found.p95_s / goal_s)
+        for name, found, goal_s in known
+        if found is not None and found.age_s <= settings.stale_s and found.p95_s > goal_s
+    ]
+    return max(late, key=lambda each: each.times, default=None)
 
 
 def _who_lacks(settings: PolicySettings, seen: Observation) -> str:
@@ -189,13 +197,14 @@ def _who_lacks(settings: PolicySettings, seen: Observation) -> str:
     return "groups" if wait > settings.bound else "shards"
 
 
-def _learned(pool: _Pool, settings: PolicySettings, missed: str) -> _Pool:
+def _learned(pool: _Pool, settings: PolicySettings, missed: _Missed | None) -> _Pool:
     """With what this moment says of the load that is too much for one process."""
     if not pool.serving:
         return pool
     memory, needs, each = pool.memory, pool.needs, (pool.load or 0.0) / pool.serving
     if missed and not pool.joining:
-        needs = (*needs, _Need(pool.serving / (1 - settings.margin), f"the goal: {missed}"))
+        times = max(1 / (1 - settings.margin), min(missed.times, settings.most_times))
+        needs = (*needs, _Need(pool.serving * times, f"the goal: {missed.reason}"))
     if (missed or pool.is_full) and not pool.joining and pool.is_settled and each > 0:
         memory = replace(memory, too_much=min(memory.too_much, each))
     elif not missed and not pool.is_full and each > memory.too_much:
@@ -203,7 +212,9 @@ def _learned(pool: _Pool, settings: PolicySettings, missed: str) -> _Pool:
     return replace(pool, memory=memory, needs=needs)
 
 
-def _want(settings: PolicySettings, pool: _Pool, seen: Observation, missed: str) -> tuple[PoolMemory, Wanted]:
+def _want(
+    settings: PolicySettings, pool: _Pool, seen: Observation, missed: _Missed | None
+) -> tuple[PoolMemory, Wanted]:
     limits, have = pool.limits, pool.serving + pool.joining
     is_night = settings.is_night(seen.hour)
     fewest = limits.fewest_at_night if is_night else limits.fewest
@@ -227,7 +238,7 @@ def _grow(
         return memory, Wanted(have, f"{wanted} would be right for {need.reason}; {limits.most} is the most")
     if seen.now_s - memory.grew_s < settings.out_s:
         return memory, Wanted(have, f"{wanted} would be right for {need.reason}; it has just grown")
-    count = min(wanted, have + limits.step_out, limits.most)
+    count = min(wanted, have + max(limits.step_out, have), limits.most)
     return _grown(pool, seen), Wanted(count, f"{have} -> {count} for {need.reason}")
 
 
@@ -236,7 +247,7 @@ def _grown(pool: _Pool, seen: Observation) -> PoolMemory:
 
 
 def _shrink(
-    settings: PolicySettings, pool: _Pool, seen: Observation, fewest: int, missed: str
+    settings: PolicySettings, pool: _Pool, seen: Observation, fewest: int, missed: _Missed | None
 ) -> tuple[PoolMemory, Wanted]:
     have, memory = pool.serving + pool.joining, pool.memory
     need = max(pool.needs, key=lambda each: each.count)
@@ -249,7 +260,7 @@ def _shrink(
     elif not pool.is_whole:
         why_not = "some numbers are missing or old: it does not shrink"
     elif missed:
-        why_not = f"it does not shrink while {missed}"
+        why_not = f"it does not shrink while {missed.reason}"
     elif pool.joining:
         why_not = "it does not shrink while processes join"
     if why_not or enough >= have:
@@ -259,6 +270,6 @@ def _shrink(
     if seen.now_s < ready_s:
         waits = f"{enough} would be enough; it shrinks in {ready_s - seen.now_s:.0f} s"
         return replace(memory, low_since_s=since), Wanted(have, waits)
-    count = max(enough, have - pool.limits.step_in)
+    count = max(enough, have - max(pool.limits.step_in, have // 10))
     reason = f"{have} -> {count}: {enough} are enough for {need.reason}"
     return replace(memory, changed_s=seen.now_s, low_since_s=None), Wanted(count, reason)

@@ -25,7 +25,10 @@ START = Efficiency(
 OWN = ("layer_us", "attention_flops")
 EXPERTS = ("expert_us", "expert_flops", "expert_bandwidth")
 HOP = ("hop_us", "token_us")
+SPLIT_US = 300.0
+"""Where the search for it begins, if experts were inside somewhere, too."""
 BESIDE = ("interference",)
+"""Found where there were more processes than cores."""
 STEPS = (4.0, 2.0, 1.3, 1.1, 1.03, 1.01)
 """Factors by which a number is changed, the largest first."""
 ROUNDS = 40
@@ -109,6 +112,9 @@ def calibrate(setting: Setting, found: Sequence[Measured]) -> Efficiency:
     efficiency = _fitted(START, OWN, own, alone)
     efficiency = _fitted(efficiency, EXPERTS, experts, [each for each in alone if each.expert])
     efficiency = _fitted(efficiency, HOP, whole, alone)
+    if inside := [each for each in found if not each.call]:
+        efficiency = _fitted(efficiency, ("layer_us",), whole, inside)
+        efficiency = _fitted(replace(efficiency, split_us=SPLIT_US), ("split_us",), whole, alone)
     beside = [each for each in split if each.topology.devices > max(2, setting.shared_cores)]
     return _fitted(efficiency, BESIDE, whole, beside) if beside and setting.shared_cores else efficiency
 

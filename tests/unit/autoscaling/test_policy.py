@@ -90,7 +90,8 @@ def test_numbers_stay_within_limits_and_steps_and_above_what_requests_hold(memor
         (decision.groups, len(now.groups) + now.joining_groups, SETTINGS.groups),
     ):
         assert wanted is not None and limits is not None and wanted.reason
-        assert have - limits.step_in <= wanted.count <= max(have + limits.step_out, limits.fewest)
+        assert wanted.count >= have - max(limits.step_in, have // 10)
+        assert wanted.count <= max(have + max(limits.step_out, have), limits.fewest)
         assert limits.fewest <= wanted.count <= max(limits.most, have)
     if decision.shards.count < len(now.shards) + now.joining_shards:
         slots = sum(each.max_running for each in now.shards) / len(now.shards)
@@ -178,10 +179,18 @@ def test_a_load_that_was_too_much_once_is_managed_when_it_is_seen_to_be() -> Non
     assert missed.shards.too_much == 25.0
 
 
+def test_the_further_a_goal_is_missed_the_more_a_pool_grows_but_no_more_than_it_may() -> None:
+    wanted = [
+        decide(SETTINGS, Memory(), seen(*(QUIET,) * 10, tpot=Percentile(late)))[1].shards.count
+        for late in (0.09, 0.101, 0.15, 0.19, 5.0)
+    ]
+    assert wanted == [10, 12, 15, 19, 20]
+
+
 @pytest.mark.parametrize("rate", [None, 0.0])
 def test_a_missed_goal_counts_though_nobody_knows_the_rate(rate: float | None) -> None:
     _, decision = decide(SETTINGS, Memory(), seen(QUIET, QUIET, tokens_per_s=rate, tpot=Percentile(1.0)))
-    assert decision.shards.count == 3 and "the goal: time per token" in decision.shards.reason
+    assert decision.shards.count == 4 and "the goal: time per token" in decision.shards.reason
 
 
 def test_of_a_load_that_has_just_begun_it_is_not_learned_how_much_is_too_much() -> None:
