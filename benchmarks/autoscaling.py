@@ -2,9 +2,9 @@
 
     python benchmarks/autoscaling.py [--quick] [--rate N] [--json FILE]
 
-The cluster is DeepSeek-V4-Flash on H200 as `moeray plan` predicts it: a device is a shard or an expert group, and a new
-one takes `join_s` to serve. Every policy sees what replicas and ingresses would say, every five seconds, and starts with
-what serves the first minute.
+The cluster is DeepSeek-V4-Flash on H200 as `moeray plan` predicts it: a device is a shard or an expert group, and a
+new one takes `join_s` to serve. Every policy sees what replicas and ingresses would say, every five seconds, and
+starts with what serves the first minute.
 
     goals           moeray's policy with its defaults
     queue length    what Ray Serve does by itself: ongoing requests over a target per shard, up after 30 s, down after
@@ -143,8 +143,7 @@ def run(trace: Trace, service: Service, policy: Policy) -> Outcome:
 
 
 def best_by_queue(traces: list[Trace], service: Service, least: float, quick: bool) -> tuple[str, dict[str, Outcome]]:
-    """The cheapest pair of target and ratio that meets the goals as often, over all traces; else the one that comes
-    nearest."""
+    """The cheapest pair of target and ratio that meets the goals as often, over all traces; or what comes nearest."""
     tried: list[tuple[bool, float, str, dict[str, Outcome]]] = []
     for target, ratio in _pairs(quick):
         began = time.perf_counter()

@@ -15,19 +15,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import records
 import yaml
+from bench_model import NAME, large_checkpoint
 from records import Record
 from whole import cluster
 
 from moeray.cli.calibrate import spread, table
-from moeray.planning import Efficiency, Topology, parse_plan, task_of
+from moeray.planning import Efficiency, Topology, parse_plan, shape_of, task_of
 from moeray.planning.calibration import Compared, Measured, Setting, calibrate, compare
+from moeray.planning.formats import Formats
+from moeray.planning.memory import expert_weights
 from moeray.tiny import checkpoint_path
 
 ALONE = "1A x 1E"
@@ -56,8 +61,11 @@ def main() -> None:
     fitted = [*spread(found[ALONE], 3), *middle]
     compared = compare(setting, calibrate(setting, fitted), [each for name in names for each in found[name]], fitted)
     print(table(compared))
+    weights = memory_record()
+    print(f"routed experts: {weights['measured_mib']} MiB more in memory, predicted {weights['predicted_mib']}, "
+          f"error {100 * weights['error']:+.1f} %")  # fmt: skip
     if options.json:
-        records.write(options.json, [record_of(each) for each in compared])
+        records.write(options.json, [*map(record_of, compared), weights])
 
 
 def measured(name: str) -> list[Measured]:
@@ -83,6 +91,36 @@ def record_of(each: Compared) -> Record:
         "fitted": each.is_fitted,
         "measured": {key: round(value, 1) for key, value in asdict(each.measured).items() if isinstance(value, float)},
     }
+
+
+def memory_record() -> Record:
+    """Resident bytes that loading all routed experts adds to a process, beside the planner's."""
+    checkpoint = large_checkpoint()
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    predicted = expert_weights(shape_of(config, NAME), Formats(), ranks=1)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        measured = pool.apply(_growth, (checkpoint,))
+    return {
+        "topology": "memory of routed experts",
+        "measured_mib": round(measured / 2**20),
+        "predicted_mib": round(predicted / 2**20),
+        "error": round(predicted / measured - 1, 3),
+    }
+
+
+def _growth(checkpoint: Path) -> int:
+    import torch
+
+    from moeray.deepseek_v4 import Checkpoint, RoutedExperts
+
+    torch.set_num_threads(1)
+    opened = Checkpoint.open(checkpoint)
+    held = dict.fromkeys(opened.shape.moe_layers, tuple(range(opened.shape.num_experts)))
+    before = psutil.Process().memory_info()
+    experts = RoutedExperts.load(opened, held, num_threads=1)
+    after = psutil.Process().memory_info()
+    assert experts.weight_bytes
+    return int((after.rss - after.shared) - (before.rss - before.shared))  # without pages of files that are mapped
 
 
 if __name__ == "__main__":

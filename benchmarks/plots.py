@@ -44,10 +44,9 @@ def over_time(title: str, ours: Outcome, theirs: Outcome, file: Path) -> None:
 
     def points(outcome: Outcome) -> str:
         every = max(1, len(outcome.at_s) // wide)
-        return " ".join(
-            f"{LEFT + at / end_s * (wide - LEFT - RIGHT):.1f},{HEIGHT - BOTTOM - count / most * (HEIGHT - TOP - BOTTOM):.1f}"
-            for at, count in zip(outcome.at_s[::every], (outcome.shards + outcome.groups)[::every], strict=True)
-        )
+        across = LEFT + outcome.at_s[::every] / end_s * (wide - LEFT - RIGHT)
+        down = HEIGHT - BOTTOM - (outcome.shards + outcome.groups)[::every] / most * (HEIGHT - TOP - BOTTOM)
+        return " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down, strict=True))
 
     parts = [f'<text x="{LEFT}" y="16" font-weight="bold">{escape(title)}: shards and groups over hours</text>']
     for share in (0.0, 0.5, 1.0):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from moeray.autoscaling.limits import Limits, PolicySettings
-from moeray.autoscaling.observation import GroupLoad, Observation, Percentile, ShardLoad
+from moeray.autoscaling.observation import GroupLoad, Observation, ShardLoad
 from moeray.autoscaling.trend import Trend
 
 

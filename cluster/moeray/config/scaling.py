@@ -21,7 +21,7 @@ class PoolScalingConfig:
         fewest: processes by day.
         most: processes at any time; 0: the pool is not scaled.
         fewest_at_night: processes at night, see `AutoscalingConfig.night`.
-        step_out, step_in: processes that may be started, or stopped, at once; a pool may always double, or lose a tenth.
+        step_out, step_in: processes that may be started, or stopped, at once; a pool may double, or lose a tenth.
         cost_per_hour: of a process, in any currency: where either pool could grow, the cheaper one does.
     """
 

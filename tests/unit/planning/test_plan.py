@@ -23,7 +23,7 @@ def planned(model: dict[str, Any], hardware: dict[str, Any], **others: Any) -> t
 CASES = {
     "V3 in BF16": ({"config": "deepseek-v3"}, {"attention": "H200", "most": 32}, {}),
     "V3 in FP8": ({"config": "deepseek-v3", **FP8}, {"attention": "H200", "most": 32}, {}),
-    "V3 in 4 bits": ({"config": "deepseek-v3", "routed": "int4", "other": "int4"}, {"attention": "H100", "most": 32}, {}),
+    "V3 in 4 bits": ({"config": "deepseek-v3", "routed": "int4", "other": "int4"}, {"attention": "H100"}, {}),
     "V4-Flash": ({"config": "deepseek-v4-flash", **FP4}, {"attention": "H100", "most": 16}, {}),
     "V4-Pro": ({"config": "deepseek-v4-pro", **FP4}, {"attention": "B200", "most": 32}, {}),
     "1T": ({"config": "moe-1t-a32b", **FP4}, {"attention": "MI300X", "most": 32}, {}),

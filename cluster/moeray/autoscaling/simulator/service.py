@@ -29,8 +29,11 @@ class Service:
     join_s: float = 90.0
 
     def step_s(self, running: float, shards: int, groups: int) -> tuple[float, float, float]:
-        """One decode step with so many requests in all shards: its seconds, the experts' share of it, and how busy
-        groups are."""
+        """One decode step with so many requests in all shards.
+
+        Returns:
+            Its seconds, the experts' share of it, and how busy groups are.
+        """
         each = running / max(1, shards)
         own = self.own_s + self.own_token_s * each
         if not groups:

@@ -216,7 +216,7 @@ def simulate(
     every = round(DECIDE_S / tick_s)
     for number in range(round(trace.length_s / tick_s)):
         now_s = number * tick_s
-        if any([pool.go_on(now_s, tick_s) for pool in pools]):
+        if True in [pool.go_on(now_s, tick_s) for pool in pools]:
             changed_s, tpots = now_s, []
         run.tick(now_s, tick_s, pools[0].serving, pools[1].serving)
         tpots.append(run.tpot_s)
@@ -224,7 +224,7 @@ def simulate(
             continue
         recent = np.array(tpots[-round(WINDOW_S / tick_s) :])
         wanted = policy(run.seen(now_s + tick_s, changed_s, *pools, recent))
-        if any([pool.want(count, now_s, service.join_s) for pool, count in zip(pools, wanted, strict=True)]):
+        if True in [pool.want(count, now_s, service.join_s) for pool, count in zip(pools, wanted, strict=True)]:
             changed_s, tpots = now_s, []
         counts = [pool.serving + pool.joining_count for pool in pools]
         rows.append((now_s, *counts, run.running, run.arrived - run.admitted))

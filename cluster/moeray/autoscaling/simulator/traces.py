@@ -1,7 +1,7 @@
 """Requests as they come: when, with how many prompt tokens, and how many tokens their answers have.
 
-Lengths are log-normal with the medians and tails of public traces of chat services (Azure's LLM inference trace of 2023:
-prompts of about 1,000 tokens, answers of about 200, both with long tails).
+Lengths are log-normal, with the means and the long tails of a public trace of a chat service (Azure's LLM inference
+trace of 2023: prompts of about 1,000 tokens, answers of about 200).
 """
 
 from __future__ import annotations
