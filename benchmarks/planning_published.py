@@ -55,6 +55,8 @@ VLLM = "blog.vllm.ai/2025/12/17/large-scale-serving: 2.2k tokens/s per H200 with
 AMD = "rocm.blogs.amd.com/artificial-intelligence/DeepSeekR1-Part2: 128 concurrent within 50 ms on a node of MI300X"
 STEP3 = "Step-3 technical report: DeepSeek-V3 on H800 2,324 tokens/s per GPU at 50 ms, context 4,096"
 
+FP4: tuple[float, FormatName, str] = (0.1, "fp4", "fp8")
+
 ROWS = (
     Published("SGLang, 96 H100", SGLANG, "H100", Topology("data", 72), "decode", 22_300 / 8, 2050),
     Published("SGLang, 96 H100", SGLANG, "H100", Topology("data", 32), "prefill", 52_300 / 8, 1000),
@@ -64,8 +66,8 @@ ROWS = (
     Published("vLLM wide EP, H200", VLLM, "H200", Topology("data", 16), "decode", 2200, 2050),
     Published("SGLang, GB200, first", GB200_1, "GB200", Topology("data", 48), "decode", 7583, 2050),
     Published("SGLang, GB200, BF16 + FP8", GB200_2, "GB200", Topology("data", 48), "decode", 9087, 2050),
-    Published("SGLang, GB200, FP8 + FP4", GB200_2, "GB200", Topology("data", 48), "decode", 13_386, 2050, 0.1, "fp4", "fp8"),
-    Published("SGLang, GB200, FP8 + FP4", GB200_2, "GB200", Topology("data", 8), "prefill", 26_156, 1000, 0.1, "fp4", "fp8"),
+    Published("SGLang, GB200, FP8 + FP4", GB200_2, "GB200", Topology("data", 48), "decode", 13_386, 2050, *FP4),
+    Published("SGLang, GB200, FP8 + FP4", GB200_2, "GB200", Topology("data", 8), "prefill", 26_156, 1000, *FP4),
     Published("SGLang, MI300X node", AMD, "MI300X", Topology("tensor", 8), "decode", 128 / 0.05 / 8, 4000, 0.05),
 )  # fmt: skip
 
@@ -76,8 +78,10 @@ def main() -> None:
     options = parser.parse_args()
     found = [record_of(each) for each in ROWS]
     for each in found:
-        print(f"{each['system']:30} {each['devices']:28} {each['phase']:8} published {each['published']:6.0f}  "
-              f"predicted {each['predicted']:6.0f}  {100 * each['error']:+4.0f} %  (batch {each['batch']})")  # fmt: skip
+        figures = (
+            f"published {each['published']:6.0f}  predicted {each['predicted']:6.0f}  {100 * each['error']:+4.0f} %"
+        )
+        print(f"{each['system']:30} {each['devices']:42} {each['phase']:8} {figures}  (batch {each['batch']})")
     if options.json:
         records.write(options.json, found)
 

@@ -29,6 +29,7 @@ from moeray.deepseek_v4.checkpoint import Checkpoint
 from moeray.deepseek_v4.errors import ExpertError
 from moeray.deepseek_v4.expert_formula import ExpertWeights, pre_activations
 from moeray.deepseek_v4.expert_store import ExpertsPerLayer, ExpertStore, PlainExperts, not_finite
+from moeray.deepseek_v4.heap import give_back
 from moeray.deepseek_v4.names import PARTS
 from moeray.deepseek_v4.row_counts import RowCounts
 from moeray.deepseek_v4.tensor_reader import TensorReader, activation_dtype, read_matrix
@@ -177,7 +178,7 @@ class RoutedExperts(HeldExperts):
             CheckpointError: the checkpoint has no such expert; or a file became unreadable, or changed, since it was
                 opened: its identity was told then, and another one's experts must not come beside it.
         """
-        missing = missing_from(self.held, experts_per_layer)
+        missing, is_first = missing_from(self.held, experts_per_layer), not self.held
         total = bytes_of(self._checkpoint, missing)
         with TensorReader(self._checkpoint) as reader:
             for layer, experts in missing.items():
@@ -188,6 +189,8 @@ class RoutedExperts(HeldExperts):
                     self.bytes_read += reader.bytes_read - before
                     if on_progress is not None:
                         on_progress(reader.bytes_read, total)
+        if is_first:
+            give_back()
 
     def release(self, experts_per_layer: ExpertsPerLayer) -> None:
         """Hold only these of what is held. Calls that run keep the matrices that they began with."""
