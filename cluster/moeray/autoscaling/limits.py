@@ -68,10 +68,10 @@ class PolicySettings:
     full: float = 0.8
     busy: float = 0.7
     margin: float = 0.1
-    most_times: float = 2.0
+    most_times: float = 1.5
     hysteresis: float = 0.15
     out_s: float = 15.0
-    in_s: float = 300.0
+    in_s: float = 180.0
     join_s: float = 60.0
     stale_s: float = 10.0
     bound: float = 0.5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-SMOOTHED_S = 30.0
+SMOOTHED_S = 15.0
 """Of the level; the slope is smoothed over three times as long."""
 NOISE = 0.05
 """So much of a rise, as a share of the level, is not believed."""

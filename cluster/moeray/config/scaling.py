@@ -56,7 +56,7 @@ class AutoscalingConfig:
     night: tuple[Hour, Hour] | None = None
     utc_offset_h: Annotated[float, Field(ge=-14, le=14, allow_inf_nan=False)] = 0.0
     out_s: SecondsOrZero = 15.0
-    in_s: SecondsOrZero = 300.0
+    in_s: SecondsOrZero = 180.0
     join_s: SecondsOrZero = 60.0
     full: Part = 0.8
     busy: Part = 0.7

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from time import monotonic
 
 WINDOW_S = 60.0
-"""What was more than this ago is forgotten; at least half of it is remembered."""
+"""Latencies of more than this ago are forgotten; those of at least half of it are remembered."""
+RATE_WINDOW_S = 20.0
+"""The same of rates, which are wanted sooner."""
 SILENT_S = 10.0
 """After so long without any, what was before says nothing of now."""
 STEP = 1.05
@@ -65,7 +67,7 @@ class RecentTimes:
 class RecentRate:
     """Something per second, over the last `window_s`: as `RecentTimes` forgets."""
 
-    def __init__(self, window_s: float = WINDOW_S, clock: Callable[[], float] = monotonic) -> None:
+    def __init__(self, window_s: float = RATE_WINDOW_S, clock: Callable[[], float] = monotonic) -> None:
         self._half_s, self._clock = window_s / 2, clock
         self._amounts, self._lengths_s = [0.0, 0.0], [0.0, 0.0]
         self._since = clock()

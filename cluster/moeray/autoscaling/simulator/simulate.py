@@ -20,8 +20,8 @@ from moeray.autoscaling.simulator.service import Service
 from moeray.autoscaling.simulator.traces import Floats, Trace
 
 TICK_S = 0.25
-WINDOW_S = 60.0
-"""Of what an ingress says of its clients: see moeray.ingress.service_level."""
+WINDOW_S, RATE_WINDOW_S = 60.0, 20.0
+"""Of what an ingress says of its clients, latencies and rates: see moeray.ingress.service_level."""
 DECIDE_S = 5.0
 HOUR = 3600.0
 
@@ -185,7 +185,7 @@ class _Run:
         recent = begun[low:]
         shown = (recent >= since) & (recent <= now_s)
         ttft = recent[shown] - self.trace.arrival_s[low : self.admitted][shown]
-        window = min(WINDOW_S, now_s) or 1.0
+        window = min(RATE_WINDOW_S, now_s) or 1.0
         came = int(np.searchsorted(self.trace.arrival_s, now_s - window))
         asked = (self.token_sum[self.arrived] - self.token_sum[came]) / window
         waiting = self.arrived - self.admitted
