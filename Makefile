@@ -15,7 +15,7 @@ CODE := cluster model_plugins deployments scripts tests benchmarks helm
 BIN := $(abspath $(VENV))/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full test-deploy correctness check lint fmt types imports fast-test fuzz chaos bench bench-hop bench-network bench-step bench-ingress bench-routing bench-kv bench-engram tiny-model proto api-docs wheel lock clean
+.PHONY: help setup demo test test-full test-deploy correctness check lint fmt types imports fast-test fuzz chaos bench bench-hop bench-network bench-step bench-ingress bench-routing bench-kv bench-engram bench-planning bench-autoscaling bench-burst tiny-model proto api-docs wheel lock clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -92,6 +92,19 @@ bench-kv: setup  ## First tokens with KV on the device, in the node, in Redis, n
 
 bench-engram: setup  ## Engram tables mapped, in private memory, beside memcpy -> benchmarks/results/engram.json (ten minutes, 9 GiB of disk)
 	$(BIN)/python benchmarks/engram.py --json benchmarks/results/engram.json $(BENCH_ARGS)
+	$(BIN)/python benchmarks/tables.py
+
+bench-planning: setup  ## Predicted step times beside measured and published ones -> benchmarks/results/planning.json (nine minutes)
+	$(BIN)/python benchmarks/planning_published.py --json benchmarks/results/planning_published.json
+	$(BIN)/python benchmarks/planning.py --json benchmarks/results/planning.json $(BENCH_ARGS)
+	$(BIN)/python benchmarks/tables.py
+
+bench-autoscaling: setup  ## Scaling by goals and by queue length over traces, simulated -> benchmarks/results/autoscaling.json (six minutes)
+	$(BIN)/python benchmarks/autoscaling.py --json benchmarks/results/autoscaling.json $(BENCH_ARGS)
+	$(BIN)/python benchmarks/tables.py
+
+bench-burst: setup  ## A burst on real processes, with fixed numbers and with autoscaling -> benchmarks/results/burst.json (twelve minutes)
+	$(BIN)/python benchmarks/burst.py --quick --json benchmarks/results/burst.json $(BENCH_ARGS)
 	$(BIN)/python benchmarks/tables.py
 
 chaos: setup  ## Five minutes of faults in a cluster under load, every kind, every answer checked (CHAOS_ARGS="--seed 7 --json FILE")

@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md, from benchmarks/results.
+"""The tables of docs/performance.md, planning.md and autoscaling.md, from benchmarks/results.
 
     python benchmarks/tables.py
 
@@ -12,18 +12,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import planning_tables
 import records
 import targets
 import traced
 from records import Record
 
-DOCUMENT = records.ROOT / "docs" / "performance.md"
+DOCUMENTS = [records.ROOT / "docs" / name for name in ("performance.md", "planning.md", "autoscaling.md")]
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
-    text = DOCUMENT.read_text(encoding="utf-8")
-    DOCUMENT.write_text(filled(text, records.RESULTS), encoding="utf-8")
+    for document in DOCUMENTS:
+        document.write_text(filled(document.read_text(encoding="utf-8"), records.RESULTS), encoding="utf-8")
 
 
 def filled(text: str, results: Path) -> str:
@@ -242,6 +243,10 @@ TABLES: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
     "step": ("step.json", step_table),
     "stages": ("step.json", stage_table),
     "network": ("network.json", network_table),
+    "published": ("planning_published.json", lambda found: planning_tables.published_table(found, markdown)),
+    "planning": ("planning.json", lambda found: planning_tables.planning_table(found, markdown)),
+    "autoscaling": ("autoscaling.json", lambda found: planning_tables.autoscaling_table(found, markdown)),
+    "burst": ("burst.json", lambda found: planning_tables.burst_table(found, markdown)),
     "ingress": ("ingress.json", ingress_table),
     "layers": ("ingress_layers.json", layers_table),
     "routing": ("routing.json", routing_table),

@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deploy.helm.chart import cluster_config, one, ray_pods, render
+from deploy.helm.chart import EXAMPLES, cluster_config, one, ray_pods, render, values_of
+
+from moeray.config import parse_config
+from moeray.planning import Efficiency, load_plan, plan, task_of
+from moeray.planning.report import values as planned_values
 
 LOCALS = Path(__file__).parents[3] / "terraform/modules/moeray/locals.tf"
+PLANS = Path(__file__).parents[3] / "docs" / "plans"
 GPU = {"resources": {"limits": {"nvidia.com/gpu": "8"}}}
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -105,6 +110,27 @@ def test_what_terraforms_module_gives_is_taken_and_is_all_that_it_gives() -> Non
 def test_what_config_says_wins_over_what_the_chart_derives() -> None:
     config = cluster_config(render({"config": {"attention": {"num_shards": 1, "num_cpus": 0.5}, "pin_cores": True}}))
     assert (config["attention"]["num_shards"], config["attention"]["num_cpus"], config["pin_cores"]) == (1, 0.5, True)
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_a_shard_beside_expert_groups_is_one_process_on_one_device(example: str) -> None:
+    """What vLLM's own parallelism needs is refused when such a shard starts: see moeray.vllm_hooks.engine_args."""
+    config = parse_config(cluster_config(render(values_of(example))))
+    if config.num_remote_groups:
+        parallel = [name for name in config.attention.engine_args if "parallel" in name]
+        assert not parallel and config.attention.num_gpus <= 1 and config.experts.num_gpus <= 1
+
+
+@pytest.mark.parametrize("name", ["v4-flash", "v3-fp8", "v4-pro-two-kinds", "engram-100b"])
+def test_what_the_planner_recommends_is_what_the_chart_starts(name: str) -> None:
+    task = task_of(load_plan(PLANS / f"{name}.yaml"), Efficiency())
+    found = plan(task)
+    assert found.best is not None
+    config = parse_config(cluster_config(render(planned_values(task, found))))
+    topology = found.best.topology
+    assert config.num_remote_groups == topology.groups
+    assert config.attention.num_shards == (topology.attention if topology.kind == "split" else 1)
+    assert config.attention.num_gpus == topology.tensor
 
 
 def test_large_numbers_stay_whole() -> None:

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moeray.config import parse_config
-from moeray.planning import Efficiency, EfficiencyError, Plan, PlanError, Task, efficiency_of, parse_plan, plan, task_of
+from moeray.planning import (
+    Efficiency,
+    EfficiencyError,
+    Plan,
+    PlanError,
+    Task,
+    efficiency_of,
+    load_plan,
+    parse_plan,
+    plan,
+    task_of,
+)
 from moeray.planning.plot import plot
 from moeray.planning.report import as_json, shortened, text, values
+from moeray.tiny import checkpoint_path
+
+PLANS = Path(__file__).parents[3] / "docs" / "plans"
 
 FP4 = {"routed": "fp4", "other": "fp8", "kv": "fp8", "dispatch": "fp8"}
 FP8 = {"routed": "fp8", "other": "fp8", "kv": "fp8", "dispatch": "fp8"}
@@ -53,6 +68,12 @@ def test_the_cases_people_ask_for_have_an_answer_that_can_be_served(case: str) -
     assert accepted.num_remote_groups == best.topology.groups * best.replicas
     for kind in ("split", "tensor", "data"):
         assert any(each.topology.kind == kind for each in shortened(found, 3)), "plain EP is in the same table"
+
+
+@pytest.mark.parametrize("file", sorted(PLANS.glob("*.yaml")), ids=lambda each: each.stem)
+def test_the_plans_that_come_with_it_have_an_answer(file: Path) -> None:
+    task = task_of(load_plan(file), Efficiency(), {"moeray-tiny": checkpoint_path()})
+    assert plan(task).best is not None
 
 
 def _cluster(found: dict[str, Any]) -> dict[str, Any]:
