@@ -56,7 +56,10 @@ def calibrate_cluster(
     compared = compare(setting, efficiency, found, fitted)
     print(json.dumps([asdict(each) for each in compared], indent=1) if as_json else table(compared))
     if out is not None:
-        out.write_text(efficiency.to_json(), encoding="utf-8")
+        try:
+            out.write_text(efficiency.to_json(), encoding="utf-8")
+        except OSError as error:
+            raise CommandError(f"{out}: cannot be written: {error.strerror}") from error
         print(f"written to {out}: moeray plan -f PLAN.YAML --efficiency {out}", file=sys.stderr)
     return 0
 
@@ -70,6 +73,8 @@ def measure(task: Task, batches: Sequence[int], identity: Identity) -> list[Meas
     found = []
     with ray_connection():
         state = cluster_state()
+        if not state["endpoints"]:
+            raise CommandError("no ingress is ready yet (`moeray status`)")
         if (layers := _layers(state)) and layers != task.shape.moe_layers:
             raise CommandError(
                 f"model.config: {task.shape.name} has {task.shape.moe_layers} layers with experts, the cluster's "
@@ -121,7 +126,10 @@ def measured_between(first: Mapping[str, Any], before: Mapping[str, Any], after:
     )
     working = [each for each in shards if each["steps"] > 0]
     if not working:
-        raise CommandError("no shard has computed a step: is the cluster overloaded, or stopped?")
+        raise CommandError(
+            "no shard has counted a step: either nothing is computed, or vLLM's workers are processes of their own "
+            "(tensor_parallel_size), which count none"
+        )
     steps, calls = sum(each["steps"] for each in working), sum(each["calls"] for each in working)
     apart = bool(groups)
     generated = [each["steps"] for each in _grown(first, after, "attention_shard", "hop", ("steps",))]

@@ -75,8 +75,9 @@ def test_wrong_arguments_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["plan", "-f", written(tmp_path), "--efficiency", str(wrong)]) == 2
     assert "speed: unknown key" in capsys.readouterr().err
     assert main(["plan", "--models"]) == 0 and "moeray-tiny" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        main(["plan", "--batches", "1,0"])
+    for wrong_arguments in (["--batches", "1,0"], ["--batches", "many"], ["--rows", "0"]):
+        with pytest.raises(SystemExit):
+            main(["plan", *wrong_arguments])
 
 
 def state(steps: int, at_s: float, *, calls: int = 0, groups: bool = True) -> dict[str, Any]:
@@ -99,7 +100,7 @@ def test_counters_that_grow_are_times_of_a_step() -> None:
     assert found == Measured(Topology("split", 3, 1), 4.0, found.context, 10_000.0, 60.0, 20.0, 20.0)
     plain = measured_between(state(0, 0.0), state(10, 1.0, groups=False), state(110, 2.0, groups=False))
     assert plain.call == plain.expert == 0.0 and plain.step == 10_000.0
-    with pytest.raises(CommandError, match="no shard has computed a step"):
+    with pytest.raises(CommandError, match="no shard has counted a step"):
         measured_between(state(0, 0.0), state(10, 1.0), state(10, 2.0))
 
 
