@@ -32,12 +32,12 @@ def planning_table(found: list[Record], markdown: Markdown) -> str:
     within = sum(each <= 0.15 for each in predicted)
     lines = [markdown(["topology", *(f"{size} per shard" for size in sizes)], rows), ""]
     lines.append(
-        f"Measured -> predicted step in ms, and the error; (f): the numbers were found from it. Of {len(predicted)} that were "
-        f"predicted only, {within} are within 15 %; the largest error is {100 * max(predicted):.0f} %."
+        f"Measured -> predicted step in ms, and the error; (f): the numbers were found from it. Of {len(predicted)} "
+        f"that were predicted only, {within} are within 15 %; the largest error is {100 * max(predicted):.0f} %."
     )
     lines += [
-        f"Memory: loading the routed experts of a model of {each['predicted_mib']} MiB added {each['measured_mib']} MiB to "
-        f"a process ({_percent(each['error'])})."
+        f"Memory: loading routed experts of {each['predicted_mib']} MiB, as predicted, added {each['measured_mib']} "
+        f"MiB to a process ({_percent(each['error'])})."
         for each in found
         if "measured_mib" in each
     ]

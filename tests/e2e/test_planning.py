@@ -1,4 +1,4 @@
-"""`moeray plan --calibrate` on a running cluster: what it counts is what happened, and the numbers can be planned with."""
+"""`moeray plan --calibrate` on a running cluster: what it counts is what happened, and its numbers plan."""
 
 from __future__ import annotations
 
