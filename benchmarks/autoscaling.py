@@ -11,7 +11,8 @@ starts with what serves the first minute.
                     600 s (its defaults), groups in a constant ratio to shards. Target and ratio are the pair that is
                     cheapest over all traces among those that meet the goals on average as often as `goals` does.
 
-The pair is chosen, as moeray's defaults were, on traces of one seed; what is printed and kept is of another. `met` is the share of requests that met both goals; `hours` what was paid for, of shards and groups.
+The pair is chosen, as moeray's defaults were, on traces of one seed; what is printed and kept is of another. `met` is
+the share of requests that met both goals; `hours` what was paid for, of shards and groups.
 """
 
 from __future__ import annotations
