@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import weakref
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
-from moeray.vllm_hooks.executor import ShardExecutor, step_limit
+from moeray.vllm_hooks.executor import ShardExecutor, step_counts, step_limit
 
 
 def is_in_step() -> bool:
@@ -22,6 +24,11 @@ class OnDevice(AsyncModelRunnerOutput):
 
     def get_output(self) -> Any:
         return is_in_step()
+
+
+def scheduled(tokens: int) -> SchedulerOutput:
+    """vLLM's own type: what a step is to compute."""
+    return replace(SchedulerOutput.make_empty(), total_num_scheduled_tokens=tokens)
 
 
 class Worker:
@@ -44,9 +51,16 @@ def executor() -> Any:
 
 
 def test_a_call_of_the_worker_is_a_step_until_it_returns(executor: Any) -> None:
-    assert executor.execute_model(None) is True
-    assert executor.execute_model(None, non_block=True).result() is True
+    assert executor.execute_model(scheduled(1)) is True
+    assert executor.execute_model(scheduled(1), non_block=True).result() is True
     assert not is_in_step()
+
+
+def test_steps_that_compute_something_are_counted_with_their_tokens(executor: Any) -> None:
+    before = replace(step_counts)
+    for tokens in (0, 3, 5, 0):
+        executor.execute_model(scheduled(tokens))
+    assert (step_counts.steps - before.steps, step_counts.tokens - before.tokens) == (2, 8)
 
 
 def test_waiting_for_the_device_is_a_step_too(executor: Any) -> None:
