@@ -26,8 +26,7 @@ def planning_table(found: list[Record], markdown: Markdown) -> str:
     rows = []
     for name in dict.fromkeys(each["topology"] for each in steps):
         own = {round(each["tokens"]): each for each in steps if each["topology"] == name}
-        label = "unsplit" if name.startswith("EP") else name
-        rows.append([label, *(_cell(own[size]) if size in own else "" for size in sizes)])
+        rows.append([name, *(_cell(own[size]) if size in own else "" for size in sizes)])
     predicted = [abs(each["error"]) for each in steps if not each["fitted"]]
     within = sum(each <= 0.15 for each in predicted)
     lines = [markdown(["topology", *(f"{size} per shard" for size in sizes)], rows), ""]

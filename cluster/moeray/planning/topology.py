@@ -45,4 +45,6 @@ class Topology:
         """As tables show it."""
         if self.kind == "split":
             return f"{self.attention}A x {self.groups}E"
+        if self.attention == 1:
+            return "unsplit"
         return f"EP{self.attention}, attention in {self.kind} parallel"

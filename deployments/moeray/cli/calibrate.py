@@ -208,11 +208,15 @@ def spread(found: Sequence[Measured], number: int) -> list[Measured]:
 
 
 def table(compared: Sequence[Compared]) -> str:
-    """A line per batch, and the largest error of those that were not used."""
-    lines = ["topology      tokens  context  step measured  predicted   error"]
+    """A line per batch (a layer call is the hop with all that it waits for), and the largest error of those that were not used."""
+    lines = [
+        "topology      tokens  context  layer call  shared  experts  step measured  predicted   error",
+        "                                       us      us       us",
+    ]
     for each in compared:
         measured, note = each.measured, "  (fitted)" if each.is_fitted else ""
         size = f"{measured.topology.name:12}  {measured.tokens:6.1f}  {measured.context:7d}"
+        size += f"  {measured.call:10.0f}  {measured.shared:6.0f}  {measured.expert:7.0f}"
         times = f"{measured.step / 1e3:10.2f} ms  {each.predicted.total / 1e3:6.2f} ms"
         lines.append(f"{size}  {times}  {100 * each.error:+5.1f} %{note}")
     rest = [abs(each.error) for each in compared if not each.is_fitted]
