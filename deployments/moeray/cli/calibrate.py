@@ -208,7 +208,7 @@ def spread(found: Sequence[Measured], number: int) -> list[Measured]:
 
 
 def table(compared: Sequence[Compared]) -> str:
-    """A line per batch (a layer call is the hop with all that it waits for), and the largest error of those that were not used."""
+    """A line per batch (a layer call is the hop with what it waits for), and the largest error of what was not used."""
     lines = [
         "topology      tokens  context  layer call  shared  experts  step measured  predicted   error",
         "                                       us      us       us",
