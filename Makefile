@@ -10,12 +10,14 @@ CHAOS_ARGS ?=
 FUZZ_ARGS ?=
 # How uv finds torch's CPU build when it resolves; empty where UV_FIND_LINKS or UV_INDEX already has it.
 UV_TORCH ?= --torch-backend cpu
+DOCKER ?= docker
 
 CODE := cluster model_plugins deployments scripts tests benchmarks helm
 BIN := $(abspath $(VENV))/bin
+COMPILE = $(BIN)/uv pip compile --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --quiet $(UPGRADE)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full test-deploy correctness check lint fmt types imports fast-test fuzz chaos bench bench-hop bench-network bench-step bench-ingress bench-routing bench-kv bench-engram bench-planning bench-autoscaling bench-burst tiny-model proto api-docs wheel lock clean
+.PHONY: help setup demo test test-full test-deploy correctness check lint fmt types imports fast-test fuzz chaos bench bench-hop bench-network bench-step bench-ingress bench-routing bench-kv bench-engram bench-planning bench-autoscaling bench-burst tiny-model proto api-docs wheel image image-gpu lock clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -128,9 +130,20 @@ wheel: setup  ## Build dist/moeray-VERSION-py3-none-any.whl
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	@ls -l dist/*.whl
 
-lock: setup  ## Resolve requirements/cpu.lock anew, keeping what still fits (UPGRADE=--upgrade for the newest)
+lock: setup  ## Resolve requirements/cpu.lock and the images' locks anew, keeping what still fits (UPGRADE=--upgrade for the newest)
 	$(BIN)/uv pip compile pyproject.toml --extra cpu --extra dev --python-version 3.11 --generate-hashes \
 		--no-emit-package torch $(UV_TORCH) $(UPGRADE) --custom-compile-command "make lock" --quiet -o requirements/cpu.lock
+	$(COMPILE) pyproject.toml --extra cpu --no-emit-package torch $(UV_TORCH) -c requirements/cpu.lock -o requirements/image-cpu.lock
+	$(COMPILE) --no-config pyproject.toml --extra gpu --python-platform x86_64-manylinux_2_28 -o requirements/image-gpu.lock
+	printf 'hatchling\nuv\n' | $(COMPILE) --no-config - -c requirements/cpu.lock -o requirements/image-build.lock
+
+IMAGE ?= moeray
+TAG ?= 0.1.0
+image:  ## The CPU image by docker or whatever DOCKER names (IMAGE=name TAG=tag)
+	$(DOCKER) build -f images/cpu.Dockerfile -t $(IMAGE):$(TAG) .
+
+image-gpu:  ## The image for NVIDIA GPUs (IMAGE=name TAG=tag)
+	$(DOCKER) build -f images/gpu.Dockerfile -t $(IMAGE)-gpu:$(TAG) .
 
 clean:  ## Remove caches and builds (not .venv)
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
