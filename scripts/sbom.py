@@ -50,10 +50,11 @@ def _component(package: Distribution) -> dict[str, Any]:
     component: dict[str, Any] = {
         "type": "library", "name": name, "version": version, "purl": address, "bom-ref": address,
     }  # fmt: skip
-    if expression := package.metadata.get("License-Expression"):
-        component["licenses"] = [{"expression": expression}]
-    elif (said := package.metadata.get("License")) and "\n" not in said:
-        component["licenses"] = [{"license": {"name": said}}]
+    known = {key: package.metadata[key] for key in ("License-Expression", "License") if key in package.metadata}
+    if "License-Expression" in known:
+        component["licenses"] = [{"expression": known["License-Expression"]}]
+    elif known.get("License") and "\n" not in known["License"]:
+        component["licenses"] = [{"license": {"name": known["License"]}}]
     return component
 
 
