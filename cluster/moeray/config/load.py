@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from moeray.config.errors import ConfigError
+from moeray.config.explain import explain
 from moeray.config.schema import ClusterConfig
 
 
@@ -49,30 +49,9 @@ def parse_config(data: object, *, source: str = "configuration") -> ClusterConfi
     try:
         return TypeAdapter(ClusterConfig).validate_python(data)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{source}: {_explain(item)}" for item in error.errors())) from error
+        raise ConfigError("\n".join(f"{source}: {explain(item, ClusterConfig)}" for item in error.errors())) from error
 
 
 def to_dict(config: ClusterConfig) -> dict[str, Any]:
     """The configuration as plain data: what `parse_config` accepts."""
     return dataclasses.asdict(config)
-
-
-def _explain(item: Mapping[str, Any]) -> str:
-    if item["type"] == "value_error":
-        return str(item["ctx"]["error"])  # a rule over several keys: it names them itself
-    key = ".".join(str(part) for part in item["loc"]) or "file"
-    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = _known_keys(item["loc"][:-1])
-        near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(known)}"
-        return f"{key}: unknown key; {hint}"
-    return f"{key}: {item['msg'][0].lower()}{item['msg'][1:]} (got {item['input']!r})"
-
-
-def _known_keys(path: tuple[int | str, ...]) -> list[str]:
-    node: Any = ClusterConfig
-    for part in path:
-        node = get_type_hints(node).get(str(part))
-        if not dataclasses.is_dataclass(node):
-            return []
-    return [field.name for field in dataclasses.fields(node)]

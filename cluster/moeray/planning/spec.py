@@ -5,16 +5,17 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from moeray.config.explain import explain
 from moeray.planning.efficiency import Efficiency
 from moeray.planning.formats import KV_BYTES, FormatName, Formats
 from moeray.planning.hardware import Hardware, catalogue
@@ -139,7 +140,7 @@ def parse_plan(data: object, source: str = "plan") -> PlanSpec:
     try:
         return TypeAdapter(PlanSpec).validate_python(data)
     except ValidationError as error:
-        raise PlanError("\n".join(f"{source}: {_explain(item)}" for item in error.errors())) from error
+        raise PlanError("\n".join(f"{source}: {explain(item, PlanSpec)}" for item in error.errors())) from error
 
 
 def task_of(spec: PlanSpec, efficiency: Efficiency, places: Mapping[str, Path] = MappingProxyType({})) -> Task:
@@ -202,21 +203,3 @@ def _device(key: str, name: str, price: float | None) -> Hardware:
         raise PlanError(f"{key}: {name!r} is not in the catalogue: {', '.join(catalogue())}")
     device = catalogue()[name]
     return device if price is None else replace(device, price=price)
-
-
-def _explain(item: Mapping[str, Any]) -> str:
-    key = ".".join(str(part) for part in item["loc"]) or "file"
-    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = _known_keys(item["loc"][:-1])
-        near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-        return f"{key}: unknown key; " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}")
-    if item["type"] == "missing":
-        return f"{key}: is missing"
-    return f"{key}: {item['msg'][0].lower()}{item['msg'][1:]} (got {item['input']!r})"
-
-
-def _known_keys(path: tuple[int | str, ...]) -> list[str]:
-    node: Any = PlanSpec
-    for part in path:
-        node = get_type_hints(node).get(str(part))
-    return [each.name for each in fields(node)] if is_dataclass(node) else []
