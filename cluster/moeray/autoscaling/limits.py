@@ -23,6 +23,7 @@ class Limits:
         most: processes at any time.
         step_out: processes that may be started at once; or as many as there are, if that is more.
         step_in: processes that may be stopped at once; or a tenth of what there is, if that is more.
+        standby: processes beside those that the load needs: they serve at once when it grows, others must start first.
         cost: of a process, per hour, in any currency: where either pool could grow, the cheaper one does.
     """
 
@@ -32,14 +33,15 @@ class Limits:
     step_out: int = 4
     step_in: int = 1
     cost: float = 0.0
+    standby: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.fewest_at_night <= self.fewest <= self.most:
             raise ValueError(
                 f"1 <= fewest_at_night ({self.fewest_at_night}) <= fewest ({self.fewest}) <= most ({self.most})"
             )
-        if min(self.step_out, self.step_in) < 1 or self.cost < 0:
-            raise ValueError("steps are at least 1, cost is not negative")
+        if min(self.step_out, self.step_in) < 1 or min(self.cost, self.standby) < 0:
+            raise ValueError("steps are at least 1, cost and standby are not negative")
 
 
 @dataclass(frozen=True, slots=True)

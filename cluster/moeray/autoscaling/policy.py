@@ -223,7 +223,7 @@ def _want(
     need = max(pool.needs, key=lambda each: each.count, default=None)
     if need is None:
         return replace(pool.memory, low_since_s=None), Wanted(have, "nothing is known of the load: it stays")
-    wanted = math.ceil(need.count - 1e-9)
+    wanted = math.ceil(need.count - 1e-9) + limits.standby
     if wanted > have:
         return _grow(settings, pool, seen, wanted, need)
     return _shrink(settings, pool, seen, max(fewest, pool.floor), missed)
@@ -251,7 +251,7 @@ def _shrink(
 ) -> tuple[PoolMemory, Wanted]:
     have, memory = pool.serving + pool.joining, pool.memory
     need = max(pool.needs, key=lambda each: each.count)
-    enough = max(fewest, math.ceil(need.count * (1 + settings.hysteresis) - 1e-9))
+    enough = max(fewest, math.ceil(need.count * (1 + settings.hysteresis) - 1e-9) + pool.limits.standby)
     why_not = ""
     if have > pool.limits.most:
         enough = max(pool.floor, min(enough, pool.limits.most))

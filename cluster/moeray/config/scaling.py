@@ -22,6 +22,7 @@ class PoolScalingConfig:
         most: processes at any time; 0: the pool is not scaled.
         fewest_at_night: processes at night, see `AutoscalingConfig.night`.
         step_out, step_in: processes that may be started, or stopped, at once; a pool may double, or lose a tenth.
+        standby: processes beside those that the load needs, which serve at once when it grows.
         cost_per_hour: of a process, in any currency: where either pool could grow, the cheaper one does.
     """
 
@@ -30,6 +31,7 @@ class PoolScalingConfig:
     fewest_at_night: Count = 1
     step_out: Count = 4
     step_in: Count = 1
+    standby: CountOrZero = 0
     cost_per_hour: Share = 0.0
 
 

@@ -31,4 +31,6 @@ def _limits(pool: PoolScalingConfig, number: int) -> Limits:
     """A pool that is not scaled keeps its number."""
     if not pool.most:
         return Limits(number, number, number, cost=pool.cost_per_hour)
-    return Limits(pool.fewest, pool.most, pool.fewest_at_night, pool.step_out, pool.step_in, pool.cost_per_hour)
+    return Limits(
+        pool.fewest, pool.most, pool.fewest_at_night, pool.step_out, pool.step_in, pool.cost_per_hour, pool.standby
+    )

@@ -204,7 +204,18 @@ def test_of_a_load_that_has_just_begun_it_is_not_learned_how_much_is_too_much() 
     assert memory.shards.too_much == pytest.approx(1000, rel=0.2)
 
 
+def test_a_standby_is_there_beside_what_the_load_needs() -> None:
+    def settled(standby: int) -> int:
+        plant = Plant(replace(SETTINGS, shards=Limits(1, 40, standby=standby)), 4, 4)
+        plant.memory = Memory(shards=PoolMemory(too_much=100.0))
+        for _ in range(round(3600 / STEP_S)):
+            wanted = plant.step(300.0).shards
+        return wanted.count
+
+    assert settled(standby=2) == settled(standby=0) + 2
+
+
 def test_limits_that_contradict_each_other_are_refused() -> None:
-    for wrong in ({"fewest": 3, "most": 2}, {"fewest_at_night": 2}, {"step_out": 0}, {"cost": -1.0}):
+    for wrong in ({"fewest": 3, "most": 2}, {"fewest_at_night": 2}, {"step_out": 0}, {"cost": -1.0}, {"standby": -1}):
         with pytest.raises(ValueError):
             Limits(**wrong)  # type: ignore[arg-type]
