@@ -23,9 +23,9 @@ def with_shard(state: Membership, id: str = "s", identity: Mapping[str, Any] = M
     return state.join(id=id, role=Role.ATTENTION_SHARD, pid=1, node=f"{id}-on-a-node").identify(id, identity)
 
 
-def with_group(state: Membership, id: str, identity: Mapping[str, Any] = MODEL) -> Membership:
-    """An expert group that is ready, with nothing loaded."""
-    state = state.join(id=id, role=Role.EXPERT_GROUP, pid=1, node=f"{id}-on-a-node")
+def with_group(state: Membership, id: str, identity: Mapping[str, Any] = MODEL, node: str = "") -> Membership:
+    """An expert group that is ready, with nothing loaded; on a node of its own, or that one."""
+    state = state.join(id=id, role=Role.EXPERT_GROUP, pid=1, node=node or f"{id}-on-a-node")
     return state.identify(id, identity).ready(id, f"host:{id}")
 
 

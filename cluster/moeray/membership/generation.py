@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeray.membership.members import Member
-from moeray.placement import Layout, Placement, arrange
+from moeray.placement import Layout, Placement, apart, arrange
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,8 @@ class Generation:
 def succeed(current: Generation, number: int, members: Sequence[Member], layout: Layout) -> Generation:
     """The generation of `members` (in group order), with as few experts as possible in another place than now.
 
-    A group that is new gets the experts of the one that it replaces: the one that had its number and is gone.
+    A group that is new gets the experts of the one that it replaces: the one that had its number and is gone; on
+    another node, copies that would then lie beside others change places.
     """
     ids = {member.id for member in members}
     stayed = {id: place for place, id in enumerate(current.groups) if id in ids}
@@ -67,5 +68,5 @@ def succeed(current: Generation, number: int, members: Sequence[Member], layout:
         number=number,
         groups=tuple(member.id for member in members),
         indices=tuple(member.index for member in members),
-        placement=arrange(layout, number, inherits, current.placement),
+        placement=apart(arrange(layout, number, inherits, current.placement), [member.node for member in members]),
     )

@@ -1,5 +1,6 @@
 """Placement: which expert group owns which expert, which process which cores (pure but for machine.py)."""
 
+from moeray.placement.apart import apart, together
 from moeray.placement.balance import Layout, arrange
 from moeray.placement.cores import CoreShare, Cpu, Machine, Wanted, crowded, take_cores
 from moeray.placement.expert_map import NOWHERE, Placement, PlacementError, contiguous
@@ -13,8 +14,10 @@ __all__ = [
     "Placement",
     "PlacementError",
     "Wanted",
+    "apart",
     "arrange",
     "contiguous",
     "crowded",
     "take_cores",
+    "together",
 ]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
 
 from moeray.membership import Membership, MembershipError
-from moeray.placement import Layout, Placement
+from moeray.placement import Layout, Placement, apart
 from moeray.placement.balance import Rows, arrange, imbalance, num_moves
 
 logger = logging.getLogger(__name__)
@@ -67,29 +67,32 @@ async def rebalance(
         if current.placement is None or not state().is_settled:
             continue
         try:
-            better = await find_better(layout, current.placement, window.rows(reports(), layout))
+            nodes = [state().members[id].node for id in current.groups if id in state().members]
+            better = await find_better(layout, current.placement, window.rows(reports(), layout), nodes)
             if better is not None:
                 propose(better, current.number)
         except (ray.exceptions.RayError, MembershipError) as error:
             logger.warning("copies stay where they are: %s", error)
 
 
-async def find_better(layout: Layout, placement: Placement, rows_LE: Rows) -> Placement | None:
+async def find_better(layout: Layout, placement: Placement, rows_LE: Rows, node_G: Sequence[str]) -> Placement | None:
     """A placement for the same groups that is worth the moves, or None. Computed in a process of its own.
 
+    Args:
+        node_G: [G] where each group runs.
     Raises:
         ray.exceptions.RayError: that process failed.
     """
     busy = [rows_E for rows_E in rows_LE if sum(rows_E) >= ROWS_PER_EXPERT * layout.num_experts]
-    if not busy or placement.num_groups < 2:
+    if not busy or placement.num_groups < 2 or len(node_G) < placement.num_groups:
         return None
     found: Placement | None = await ray.remote(num_cpus=0, max_retries=0)(better_placement).remote(
-        layout, placement, rows_LE
+        layout, placement, rows_LE, node_G
     )
     return found
 
 
-def better_placement(layout: Layout, placement: Placement, rows_LE: Rows) -> Placement | None:
+def better_placement(layout: Layout, placement: Placement, rows_LE: Rows, node_G: Sequence[str]) -> Placement | None:
     """See `find_better`. How many copies an expert gets is decided by vLLM's EPLB policy, where that is free."""
     copies_LE = None
     num_slots = layout.num_slots(placement.num_groups)
@@ -106,6 +109,7 @@ def better_placement(layout: Layout, placement: Placement, rows_LE: Rows) -> Pla
             for layer, (copies_E, rows_E) in enumerate(zip(copies_LE, rows_LE, strict=True))
         ]
     better = arrange(layout, placement.generation, stay, placement, rows_LE=weights_LE, copies_LE=copies_LE)
+    better = apart(better, node_G)
     before, after = imbalance(placement, rows_LE), imbalance(better, rows_LE)
     logger.info("load: busiest group over mean %.2f, could be %.2f", before, after)
     if before - after < WORTH_IT or not num_moves(better, stay, placement):

@@ -11,10 +11,11 @@ from memberships import MODEL, adopted, prepared, with_group, with_shard
 from moeray.controller import rebalance as module
 from moeray.controller.rebalance import LoadWindow, better_placement, rebalance
 from moeray.membership import Membership
-from moeray.placement import Layout, Placement, arrange
+from moeray.placement import Layout, Placement, arrange, together
 from moeray.placement.balance import imbalance
 
 LAYOUT = Layout(num_layers=3, num_experts=8)
+HERE = ["here", "here"]
 
 
 def report(**layers: list[int]) -> dict[str, Any]:
@@ -36,13 +37,13 @@ def test_a_counter_that_began_anew_is_not_negative_load() -> None:
 
 def test_equal_load_moves_nothing() -> None:
     before = arrange(LAYOUT, 1, [None, None])
-    assert better_placement(LAYOUT, before, [[0.0] * 8, [50.0] * 8, [50.0] * 8]) is None
+    assert better_placement(LAYOUT, before, [[0.0] * 8, [50.0] * 8, [50.0] * 8], HERE) is None
 
 
 def test_unequal_load_is_spread_and_layers_without_experts_stay_as_they_are() -> None:
     before = arrange(LAYOUT, 1, [None, None])
     rows = [[0.0] * 8, [90.0] * 4 + [10.0] * 4, [10.0] * 4 + [90.0] * 4]
-    after = better_placement(LAYOUT, before, rows)
+    after = better_placement(LAYOUT, before, rows, HERE)
     assert after is not None
     assert (imbalance(before, rows), imbalance(after, rows)) == (pytest.approx(1.8), pytest.approx(1.0))
     assert after.expert_of_slot[0] == before.expert_of_slot[0]
@@ -52,10 +53,18 @@ def test_the_busiest_experts_get_the_copies_that_are_free() -> None:
     layout = Layout(num_layers=1, num_experts=8, num_redundant=8 + 4, min_copies=2)
     before = arrange(layout, 1, [None] * 4)
     rows = [[10.0, 10.0, 10.0, 10.0, 10.0, 10.0, 400.0, 400.0]]
-    after = better_placement(layout, before, rows)
+    after = better_placement(layout, before, rows, ["n"] * 4)
     assert after is not None
     assert after.num_copies(0) == (2, 2, 2, 2, 2, 2, 4, 4)
     assert imbalance(after, rows) < imbalance(before, rows) - 0.1
+
+
+def test_copies_that_are_placed_by_load_stay_on_different_nodes() -> None:
+    layout = Layout(num_layers=1, num_experts=8, num_redundant=8, min_copies=2)
+    nodes = ["first", "first", "second", "second"]
+    before = arrange(layout, 1, [None] * 4)
+    after = better_placement(layout, before, [[100.0] * 4 + [10.0] * 4], nodes)
+    assert after is not None and together(after, nodes) == 0
 
 
 async def test_load_that_lies_unequally_becomes_a_generation_of_the_same_groups(

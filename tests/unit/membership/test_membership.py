@@ -8,6 +8,7 @@ from memberships import DELAYS, TWICE, adopted, formed, later, prepared, start, 
 from moeray.membership import Membership, MembershipError, MemberState, Role
 from moeray.membership.cluster_state import ClusterState
 from moeray.membership.state import NUM_LOST_REMEMBERED
+from moeray.placement import together
 
 
 def of(state: ClusterState) -> tuple[int, tuple[str, ...]]:
@@ -25,6 +26,17 @@ def test_the_first_generation_is_proposed_when_all_groups_are_ready_and_in_force
     view = state.prepared("b", 1).view()
     assert (view.generation, view.proposed, view.groups) == (1, 0, ("a", "b"))
     assert (view.addresses, view.is_complete, view.is_covered) == (("host:a", "host:b"), True, True)
+
+
+def test_copies_of_one_expert_are_on_different_nodes() -> None:
+    nodes = ["left", "right", "left", "right"]
+    state = with_shard(start(4, TWICE))
+    for number, node in enumerate(nodes):
+        state = with_group(state, f"g{number}", node=node)
+    placement = prepared(state).current.placement
+    assert placement is not None and together(placement, nodes) == 0
+    for lost in ({0, 2}, {1, 3}):
+        assert placement.covers(lost)
 
 
 def test_a_lost_group_is_replaced_under_its_number_without_moving_any_expert() -> None:
