@@ -46,7 +46,6 @@ class _Layer:
         self._there = Counter(
             (expert, node) for experts, node in zip(self._groups, node_G, strict=True) for expert in experts
         )
-        self._nodes = sorted(set(node_G))
 
     def num_together(self) -> int:
         return sum(count - 1 for count in self._there.values() if count > 1)

@@ -76,7 +76,7 @@ class Plan:
 
 
 def plan(task: Task) -> Plan:
-    """See module docstring. A step that can be served by moeray wins a tie; see `topologies`."""
+    """See module docstring. What moeray serves is recommended, plain expert parallelism where it is as cheap."""
     found = [evaluate(task, each) for each in topologies(task)]
     taken = sorted((each for each in found if each.cost is not None), key=_cheapness)
     candidates = (*taken, *(each for each in found if each.cost is None))
@@ -239,11 +239,8 @@ def verdict(task: Task, candidates: tuple[Candidate, ...], best: Candidate | Non
     if best is None:
         reasons = sorted({each.why_not for each in candidates if each.why_not}, key=len)
         return f"Nothing up to {task.most} devices serves this: " + "; ".join(reasons[:3]) + "."
-    by_kind = {kind: _first(candidates, kind) for kind in ("split", "tensor", "data")}
-    split, plain = (
-        by_kind["split"],
-        min((each for each in (by_kind["tensor"], by_kind["data"]) if each is not None), key=_price, default=None),
-    )
+    split, joined = _first(candidates, "split"), (_first(candidates, "tensor"), _first(candidates, "data"))
+    plain = min((each for each in joined if each is not None), key=_price, default=None)
     if split is None or plain is None:
         only = "Only plain expert parallelism" if split is None else "Only attention and experts apart"
         return f"{only} meets the goals in memory: take {best.topology.name}."
@@ -261,7 +258,7 @@ def verdict(task: Task, candidates: tuple[Candidate, ...], best: Candidate | Non
     return text
 
 
-def _first(candidates: tuple[Candidate, ...], kind: KindName | str) -> Candidate | None:
+def _first(candidates: tuple[Candidate, ...], kind: KindName) -> Candidate | None:
     return next((each for each in candidates if each.topology.kind == kind and each.cost is not None), None)
 
 

@@ -104,18 +104,17 @@ def _cuts(topology: Topology, work: Work) -> tuple[int, ...]:
 def _cut(shape: ModelShape, formats: Formats, topology: Topology, machines: Machines, work: Work, cut: int) -> StepTime:
     part = Work(work.tokens / cut, work.context, work.is_prefill)
     totals, critical = dict.fromkeys(("attention", "shared", "hop", "experts"), 0.0), 0.0
-    dense = shape.layers - shape.moe_layers
+    dense_us = _mlp_us(shape.dense_parameters, formats, topology, machines, work)
     for attention, count in Counter(shape.attention).items():
         moe = count * shape.moe_layers / shape.layers
         layer = _layer(shape, formats, topology, machines, part, attention)
         critical += moe * _layer_us(layer, topology, machines, cut)
-        critical += (count - moe) * (layer.attention * cut + _dense_us(shape, formats, topology, machines, work))
+        critical += (count - moe) * (layer.attention * cut + dense_us)
         totals["attention"] += count * layer.attention * cut
         totals["shared"] += moe * layer.shared * cut
         totals["hop"] += moe * layer.hop * cut
         totals["experts"] += moe * layer.experts * cut
-    if dense:
-        totals["shared"] += dense * _dense_us(shape, formats, topology, machines, work)
+    totals["shared"] += (shape.layers - shape.moe_layers) * dense_us
     head = _head_us(shape, topology, machines, work)
     fixed = machines.efficiency.step_us + (machines.efficiency.split_us if topology.kind == "split" else 0.0)
     bound = max(("attention", "experts", "hop"), key=lambda name: totals[name])
@@ -160,16 +159,10 @@ def _beside_others(total: float, busy: float, machines: Machines) -> float:
 def _layer(
     shape: ModelShape, formats: Formats, topology: Topology, machines: Machines, work: Work, attention: Attention
 ) -> _Layer:
-    efficiency, device = machines.efficiency, machines.attention
-    shared = _roofline(
-        2 * shape.shared * work.tokens / topology.tensor,
-        FORMATS[formats.other].bytes_each * shape.shared / topology.tensor,
-        device, formats.other, efficiency.attention_flops, efficiency.attention_bandwidth,
-    )  # fmt: skip
     senders = topology.attention if topology.kind != "tensor" else 1
     return _Layer(
         attention=_attention_us(shape, formats, topology, machines, work, attention),
-        shared=shared,
+        shared=_mlp_us(shape.shared, formats, topology, machines, work),
         hop=_all_reduce_us(shape, topology, machines, work)
         if topology.kind == "tensor"
         else _hop_us(shape, formats, topology, machines, work),
@@ -201,10 +194,11 @@ def _attention_us(
     return efficiency.layer_us + linear + cache
 
 
-def _dense_us(shape: ModelShape, formats: Formats, topology: Topology, machines: Machines, work: Work) -> float:
+def _mlp_us(parameters: int, formats: Formats, topology: Topology, machines: Machines, work: Work) -> float:
+    """A shared expert, or the MLP of a layer that has no experts."""
     return _roofline(
-        2 * shape.dense_parameters * work.tokens / topology.tensor,
-        FORMATS[formats.other].bytes_each * shape.dense_parameters / topology.tensor,
+        2 * parameters * work.tokens / topology.tensor,
+        FORMATS[formats.other].bytes_each * parameters / topology.tensor,
         machines.attention, formats.other,
         machines.efficiency.attention_flops, machines.efficiency.attention_bandwidth,
     )  # fmt: skip

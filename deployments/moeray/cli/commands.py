@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from moeray.cli.argument_types import positive
 from moeray.cli.errors import CommandError
 from moeray.cli.plan_arguments import add_plan_command
 from moeray.cli.tenant_arguments import add_tenant_commands
@@ -177,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     inspect.add_argument("checkpoint", help="a directory, a bundled name or a hub id, as `model` of cluster.yaml")
     inspect.add_argument("--json", action="store_true", help="as JSON, for scripts")
-    inspect.add_argument("--groups", type=_positive, metavar="N", help="also plan what each of N expert groups reads")
+    inspect.add_argument("--groups", type=positive, metavar="N", help="also plan what each of N expert groups reads")
     inspect.add_argument(
         "--redundant", type=int, default=0, metavar="R", help="with --groups: R extra copies per layer (default 0)"
     )
@@ -190,13 +191,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     _file(demo)
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
 
 
 def _file(parser: argparse.ArgumentParser) -> None:

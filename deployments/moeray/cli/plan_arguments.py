@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from moeray.cli.argument_types import positive
 from moeray.cli.errors import CommandError
 
 EXAMPLES = """\
@@ -35,7 +36,7 @@ def add_plan_command(commands: argparse._SubParsersAction[argparse.ArgumentParse
     parser.add_argument("-f", "--file", type=Path, metavar="PLAN.YAML", help="what is to be served, on what, how fast")
     parser.add_argument("--efficiency", type=Path, metavar="JSON", help="numbers that were measured instead of assumed")
     parser.add_argument("--json", action="store_true", help="as JSON, for scripts")
-    parser.add_argument("--rows", type=_positive, default=12, metavar="N", help="of the table (default 12)")
+    parser.add_argument("--rows", type=positive, default=12, metavar="N", help="of the table (default 12)")
     parser.add_argument("--values", type=Path, metavar="FILE", help="write Helm values that serve the best topology")
     parser.add_argument("--plot", type=Path, metavar="FILE.SVG", help="write a picture: cost over devices")
     measure = parser.add_argument_group("on the running cluster, which should have nothing else to do")
@@ -66,13 +67,6 @@ def run_plan(options: argparse.Namespace) -> int:
         )
     outputs = Outputs(options.json, options.rows, options.values, options.plot)
     return make_plan(options.file, options.efficiency, outputs)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
 
 
 def _batches(text: str) -> tuple[int, ...]:

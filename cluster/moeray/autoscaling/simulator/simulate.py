@@ -104,7 +104,6 @@ class _Run:
         number = len(trace.arrival_s)
         self.kv_sum = np.concatenate([[0.0], np.cumsum(trace.prompt + trace.answer)])
         self.prompt_sum = np.concatenate([[0.0], np.cumsum(trace.prompt)])
-        self.token_sum = self.kv_sum
         self.begun_s, self.begun_v = np.full(number, np.inf), np.full(number, np.inf)
         self.ending = np.zeros(1 << 16)
         self.ending_kv = np.zeros(1 << 16)
@@ -187,7 +186,7 @@ class _Run:
         ttft = recent[shown] - self.trace.arrival_s[low : self.admitted][shown]
         window = min(RATE_WINDOW_S, now_s) or 1.0
         came = int(np.searchsorted(self.trace.arrival_s, now_s - window))
-        asked = (self.token_sum[self.arrived] - self.token_sum[came]) / window
+        asked = (self.kv_sum[self.arrived] - self.kv_sum[came]) / window
         waiting = self.arrived - self.admitted
         shard = ShardLoad(
             running=round(self.running / shards.serving), waiting=round(waiting / shards.serving),
@@ -235,7 +234,7 @@ def _outcome(trace: Trace, run: _Run, pools: tuple[_Pool, _Pool], rows: Floats, 
     """Ends are read off the curve of V."""
     at = np.arange(1, len(run.v_curve) + 1) * tick_s
     v = np.array(run.v_curve)
-    ended_v = np.where(np.isfinite(run.begun_v), run.begun_v, np.inf) + trace.answer
+    ended_v = run.begun_v + trace.answer  # infinite where nothing began
     ended_s = np.interp(np.minimum(ended_v, v[-1]), v, at)
     tpot = np.where(
         ended_v <= v[-1], (ended_s - np.interp(np.minimum(run.begun_v, v[-1]), v, at)) / trace.answer, np.inf
