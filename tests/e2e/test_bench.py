@@ -30,7 +30,7 @@ def test_a_server_is_compared_with_another_one(shared_cluster: Cluster) -> None:
 def test_wrong_loads_are_refused_by_their_option(shared_cluster: Cluster, tmp_path: Path) -> None:
     for arguments, said in (
         (("--shared", "50", "--prompt", "10"), "--shared"),
-        (("--rate", "0"), "rate and burstiness"),
+        (("--rate", "0"), "--rate, --burstiness"),
         (("--trace", str(tmp_path / "none")), "--trace"),
         (("--url", shared_cluster.http, "--grpc"), "--grpc: with --url"),
     ):

@@ -83,6 +83,7 @@ def bench(load: Load, where: Where, identity: Identity, goals: Goals, kept: Kept
         CommandError: the load cannot be made (2), nobody answers at the beginning, or a file cannot be written (1).
     """
     try:
+        load.planned()
         found = asyncio.run(_all(load, where, identity, goals))
         print(text([(name, numbers) for name, numbers, _ in found]))
         if kept.json is not None:

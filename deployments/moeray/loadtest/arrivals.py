@@ -69,8 +69,12 @@ def open_loop(count: int, rate: float, burstiness: float, lengths: Lengths, seed
         burstiness: 1 is Poisson; below it comes in bursts, above it more evenly.
     """
     if rate <= 0 or burstiness <= 0:
-        raise LoadError("rate and burstiness are above 0")
-    chance, due_s = Random(seed), 0.0  # noqa: S311 - no secret
+        raise LoadError("--rate, --burstiness: are above 0")
+    return _due(count, rate, burstiness, lengths, Random(seed))  # noqa: S311 - no secret
+
+
+def _due(count: int, rate: float, burstiness: float, lengths: Lengths, chance: Random) -> Iterator[Planned]:
+    due_s = 0.0
     for number in range(count):
         yield Planned(number, due_s, *lengths.drawn(chance))
         due_s += chance.gammavariate(burstiness, 1 / (rate * burstiness))
