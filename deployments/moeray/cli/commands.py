@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moeray.cli.argument_types import positive
+from moeray.cli.bench_arguments import add_bench_command
 from moeray.cli.errors import CommandError
 from moeray.cli.plan_arguments import add_plan_command
 from moeray.cli.tenant_arguments import add_tenant_commands
@@ -25,6 +26,7 @@ examples:
   moeray down                              stop what `up` started
   moeray cache stats                       shared KV blocks: how many, how often fetched and why not
   moeray inspect DIRECTORY --groups 8      what a checkpoint holds, and what each of 8 expert groups would read
+  moeray bench --rate 10                   load on a server, and what its clients saw; `moeray bench --help` has more
   moeray plan -f plan.yaml                 what a model needs and costs, split or not; `moeray plan --help` has more
   moeray tenant create search              a tenant and its first key; `moeray tenant --help` has more
   moeray usage --by tenant                 who used how much
@@ -89,6 +91,10 @@ def _run(options: argparse.Namespace) -> int:
         return inspect_checkpoint(
             options.checkpoint, groups=options.groups, redundant=options.redundant, as_json=options.json
         )
+    if options.command == "bench":
+        from moeray.cli.bench_arguments import run_bench
+
+        return run_bench(options)
     if options.command == "plan":
         from moeray.cli.plan_arguments import run_plan
 
@@ -183,6 +189,7 @@ def _parser() -> argparse.ArgumentParser:
         "--redundant", type=int, default=0, metavar="R", help="with --groups: R extra copies per layer (default 0)"
     )
 
+    add_bench_command(commands)
     add_plan_command(commands)
     add_tenant_commands(commands)
 

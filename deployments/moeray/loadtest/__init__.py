@@ -1,0 +1,1 @@
+"""`moeray bench`: load on any OpenAI server or on moeray's gRPC, and what its clients saw."""
