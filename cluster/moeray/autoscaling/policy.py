@@ -20,10 +20,11 @@ from moeray.autoscaling.trend import Trend
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Processes of one pool, and why in one sentence."""
+    """Processes of one pool, and why in one sentence; `cause` is that in one word, of few, where the number changes."""
 
     count: int
     reason: str
+    cause: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +63,11 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class _Need:
-    """Processes that something needs, not rounded; `reason` goes on after "for "."""
+    """Processes that something (`cause`, one word) needs, not rounded; `reason` goes on after "for "."""
 
     count: float
     reason: str
+    cause: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +131,10 @@ def _shards(settings: PolicySettings, memory: PoolMemory, tokens: Trend, seen: O
         requests = _sum([each.running + each.waiting for each in fresh], silent)
         kv = _sum([each.kv_use for each in fresh], silent)
         full += [
-            _Need(requests / (slots * settings.full), f"{requests:.0f} requests, {slots:.0f} at once in each"),
-            _Need(kv / settings.full, f"KV of {kv:.1f} whole caches"),
+            _Need(
+                requests / (slots * settings.full), f"{requests:.0f} requests, {slots:.0f} at once in each", "requests"
+            ),
+            _Need(kv / settings.full, f"KV of {kv:.1f} whole caches", "kv"),
         ]
         floor = max(math.ceil(_sum([each.running for each in fresh], silent) / slots), math.ceil(kv))
     needs = [*full]
@@ -140,7 +144,8 @@ def _shards(settings: PolicySettings, memory: PoolMemory, tokens: Trend, seen: O
         coming = "" if ahead <= load else f" in {settings.join_s:.0f} s"
         if memory.too_much < math.inf:
             count = ahead / (memory.too_much * (1 - settings.margin))
-            needs.append(_Need(count, f"{ahead:.0f} tokens/s{coming}, {memory.too_much:.0f} in each were too many"))
+            why = f"{ahead:.0f} tokens/s{coming}, {memory.too_much:.0f} in each were too many"
+            needs.append(_Need(count, why, "tokens"))
     serving, whole = len(seen.shards), bool(fresh) and not silent and load is not None
     is_full = any(need.count > serving for need in full)
     return _Pool(
@@ -163,7 +168,8 @@ def _groups(settings: PolicySettings, limits: Limits, memory: PoolMemory, seen: 
     if fresh:
         load = _sum([each.busy for each in fresh], silent)
         target = min(settings.busy, memory.too_much * (1 - settings.margin))
-        needs.append(_Need(load / target, f"groups that are busy {100 * load / len(seen.groups):.0f} % of the time"))
+        why = f"groups that are busy {100 * load / len(seen.groups):.0f} % of the time"
+        needs.append(_Need(load / target, why, "busy"))
     return _Pool(limits, memory, len(seen.groups), seen.joining_groups, tuple(needs), 1, load, not silent)
 
 
@@ -204,7 +210,7 @@ def _learned(pool: _Pool, settings: PolicySettings, missed: _Missed | None) -> _
     memory, needs, each = pool.memory, pool.needs, (pool.load or 0.0) / pool.serving
     if missed and not pool.joining:
         times = max(1 / (1 - settings.margin), min(missed.times, settings.most_times))
-        needs = (*needs, _Need(pool.serving * times, f"the goal: {missed.reason}"))
+        needs = (*needs, _Need(pool.serving * times, f"the goal: {missed.reason}", "goal"))
     if (missed or pool.is_full) and not pool.joining and pool.is_settled and each > 0:
         memory = replace(memory, too_much=min(memory.too_much, each))
     elif not missed and not pool.is_full and each > memory.too_much:
@@ -219,7 +225,7 @@ def _want(
     is_night = settings.is_night(seen.hour)
     fewest = limits.fewest_at_night if is_night else limits.fewest
     if have < fewest:
-        return _grown(pool, seen), Wanted(fewest, f"{fewest} is the fewest{' at night' if is_night else ''}")
+        return _grown(pool, seen), Wanted(fewest, f"{fewest} is the fewest{' at night' if is_night else ''}", "fewest")
     need = max(pool.needs, key=lambda each: each.count, default=None)
     if need is None:
         return replace(pool.memory, low_since_s=None), Wanted(have, "nothing is known of the load: it stays")
@@ -239,7 +245,7 @@ def _grow(
     if seen.now_s - memory.grew_s < settings.out_s:
         return memory, Wanted(have, f"{wanted} would be right for {need.reason}; it has just grown")
     count = min(wanted, have + max(limits.step_out, have), limits.most)
-    return _grown(pool, seen), Wanted(count, f"{have} -> {count} for {need.reason}")
+    return _grown(pool, seen), Wanted(count, f"{have} -> {count} for {need.reason}", need.cause)
 
 
 def _grown(pool: _Pool, seen: Observation) -> PoolMemory:
@@ -272,4 +278,4 @@ def _shrink(
         return replace(memory, low_since_s=since), Wanted(have, waits)
     count = max(enough, have - max(pool.limits.step_in, have // 10))
     reason = f"{have} -> {count}: {enough} are enough for {need.reason}"
-    return replace(memory, changed_s=seen.now_s, low_since_s=None), Wanted(count, reason)
+    return replace(memory, changed_s=seen.now_s, low_since_s=None), Wanted(count, reason, need.cause)

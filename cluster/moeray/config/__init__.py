@@ -19,6 +19,7 @@ from moeray.config.schema import (
     TlsConfig,
     TransportConfig,
 )
+from moeray.config.telemetry import TelemetryConfig
 
 __all__ = [
     "POOL_LABEL",
@@ -36,6 +37,7 @@ __all__ = [
     "MicroBatches",
     "PoolScalingConfig",
     "RowFormatName",
+    "TelemetryConfig",
     "TenancyConfig",
     "TlsConfig",
     "TransportConfig",

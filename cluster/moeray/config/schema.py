@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass
 from moeray.config.caches import EngramConfig, KvCacheConfig
 from moeray.config.fields import FROM_FILE, Count, CountOrZero, Labels, Port, Seconds, SecondsOrZero, Share, bare_off
 from moeray.config.scaling import AutoscalingConfig
+from moeray.config.telemetry import TelemetryConfig
 
 POOL_LABEL = "pool"
 """Ray node label that places the pools: a node started with `pool=attention`, `pool=experts` or `pool=ingress`."""
@@ -338,6 +339,7 @@ class ClusterConfig:
     kv_cache: KvCacheConfig = Field(default_factory=KvCacheConfig)
     engram: EngramConfig = Field(default_factory=EngramConfig)
     autoscaling: AutoscalingConfig = Field(default_factory=AutoscalingConfig)
+    telemetry: TelemetryConfig = Field(default_factory=TelemetryConfig)
 
     @model_validator(mode="after")
     def _check_autoscaling(self) -> Self:

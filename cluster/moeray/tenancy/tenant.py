@@ -94,6 +94,7 @@ class Tenant:
         models: served model names that it may ask for; empty: all.
         priority: class, in vLLM's sense: lower goes first.
         weight: its share inside its class while others wait too.
+        is_admin: whether it may see what other tenants ask for (`/metrics`).
         shares_cache: whether its prefixes may be found in the cache by, and in those of, other tenants that share.
     """
 
@@ -103,6 +104,7 @@ class Tenant:
     priority: PriorityClass = 0
     weight: Weight = 1.0
     shares_cache: Annotated[bool, Field(strict=True)] = False
+    is_admin: Annotated[bool, Field(strict=True)] = False
     identities: Identities = field(default_factory=Identities)
     keys: tuple[KeyRecord, ...] = ()
 

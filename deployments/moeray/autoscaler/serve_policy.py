@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from time import monotonic, time
 from typing import Any
@@ -94,7 +94,7 @@ def _tell(wanted: Mapping[str, Wanted]) -> None:
         actor = controller()
         if "experts" in wanted:
             ray.get(actor.scale.remote(Role.EXPERT_GROUP, wanted["experts"].count), timeout=TELL_S)
-        reasons = {pool: {"count": each.count, "reason": each.reason} for pool, each in wanted.items()}
+        reasons = {pool: asdict(each) for pool, each in wanted.items()}
         ray.get(actor.note_scaling.remote(reasons), timeout=TELL_S)
     except (ray.exceptions.RayError, ValueError, MembershipError) as error:
         logger.warning("autoscaling: the controller was not told (%s)", type(error).__name__)

@@ -75,7 +75,7 @@ def add_tenant_commands(commands: Commands) -> None:
 
 def changes_of(options: argparse.Namespace) -> dict[str, Any]:
     """The fields that were given."""
-    names = (*LIMITS, "models", "priority", "weight", "shares_cache", "mtls", "jwt")
+    names = (*LIMITS, "models", "priority", "weight", "shares_cache", "is_admin", "mtls", "jwt")
     return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
@@ -112,6 +112,8 @@ def _fields(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weight", type=float, metavar="W", help="share inside its class (default 1)")
     parser.add_argument("--shares-cache", action=argparse.BooleanOptionalAction, default=None,
                         help="share cached prefixes with the other tenants that do")  # fmt: skip
+    parser.add_argument("--admin", dest="is_admin", action=argparse.BooleanOptionalAction, default=None,
+                        help="let it see every tenant's numbers at /metrics")  # fmt: skip
     parser.add_argument("--mtls", nargs="*", metavar="NAME", help="names in its client certificates")
     parser.add_argument("--jwt", nargs="*", metavar="VALUE", help="values of its tokens' tenant claim")
 

@@ -14,10 +14,12 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+from prometheus_client import CollectorRegistry
 
 from moeray.controller.core_ledger import CoreLedger
 from moeray.controller.keeper import Keeper
 from moeray.controller.lease import LeaseServer
+from moeray.controller.metrics import ControllerMetrics
 from moeray.controller.rebalance import rebalance
 from moeray.controller.redundancy import describe_generations
 from moeray.controller.settings import CONTROLLER_NAME, NAMESPACE, ControllerSettings
@@ -27,6 +29,7 @@ from moeray.membership import Charge, Membership, MemberState, Role, SnapshotErr
 from moeray.membership.snapshot import from_json
 from moeray.mutual_tls import ClusterCertificate
 from moeray.placement import CoreShare, Machine, Placement, Wanted
+from moeray.telemetry import Exporter, ProcessCollector, SampleCollector, start_exporter
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +48,12 @@ class Controller:
         self._changed = asyncio.Event()
         self._reports: dict[str, dict[str, Any]] = {}
         self._scaling: dict[str, dict[str, Any]] = {}
+        self._metrics = ControllerMetrics()
         self._cores = CoreLedger()
         self._leases = LeaseServer(
             self._lost, silence_s=settings.silence_s, certificate=ClusterCertificate.of(settings.cluster_tls)
         )
+        self._exporter: Exporter | None = None
         self._lease_address: asyncio.Task[str] | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -128,8 +133,9 @@ class Controller:
             self._apply(lambda state: state.scale(count))
 
     async def note_scaling(self, reasons: dict[str, dict[str, Any]]) -> None:
-        """What autoscaling wants of each pool, and why: pool -> count and reason."""
+        """What autoscaling wants of each pool, and why: pool -> count, reason and its cause."""
         self._scaling = reasons
+        self._metrics.scaled(reasons)
 
     async def unready(self, id: str) -> None:
         self._apply(lambda state: state.unready(id))
@@ -184,7 +190,8 @@ class Controller:
             "autoscaling": self._scaling,
             "processes": [
                 {"role": Role.CONTROLLER, "id": CONTROLLER_NAME, "pid": os.getpid(), "node": _node_id(),
-                 "state": MemberState.READY},
+                 "state": MemberState.READY,
+                 **({} if self._exporter is None else {"metrics": self._exporter.address})},
                 *(
                     {"role": member.role, "id": member.id, "pid": member.pid, "node": member.node,
                      "state": member.state, "index": member.index,
@@ -247,12 +254,15 @@ class Controller:
     def _lost(self, id: str, reason: str) -> None:
         if id in self._state.members:
             logger.warning("%s lost: %s", id, reason)
+            if self._state.members[id].is_alive:
+                self._metrics.lost(self._state.members[id].role)
         self._apply(lambda state: state.lose(id, reason))
 
     def _apply(self, event: Callable[[Membership], Membership]) -> None:
         before, self._state = self._state, event(self._state.at(time.monotonic()))
         if self._state.version == before.version:
             return
+        self._metrics.applied(before, self._state)
         mismatches, known = self._state.mismatches(), before.mismatches()
         for id, difference in mismatches.items():
             if known.get(id) != difference:
@@ -283,6 +293,10 @@ class ControllerActor(Controller):
 
     def __init__(self, settings: ControllerSettings) -> None:
         super().__init__(settings, open_store(settings.redis_url, ray.get_runtime_context().get_actor_id()))
+        registry = CollectorRegistry()
+        registry.register(ProcessCollector())
+        registry.register(SampleCollector(lambda: self._metrics.samples(self._state)))
+        self._exporter = start_exporter(settings.telemetry, registry)
         self._watched = guard(settings.hang_s)
 
 

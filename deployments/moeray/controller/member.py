@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import ray
+from prometheus_client import CollectorRegistry
 from ray import serve
 
 from moeray.controller.actor import controller
@@ -20,6 +21,7 @@ from moeray.membership import Charge, MembershipError, Role, View
 from moeray.mutual_tls import CertificateError, ClusterCertificate
 from moeray.placement import CoreShare, Wanted
 from moeray.placement.machine import pin_process, this_machine
+from moeray.telemetry import Exporter, ProcessCollector, SampleCollector, samples_of, start_exporter
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,8 @@ class ClusterMember:
         self._address = ""
         self._identity: dict[str, Any] | None = None
         self._report: dict[str, Any] = {}
+        self._telemetry = settings.telemetry
+        self._exporter: Exporter | None = None
         self._cores: CoreShare | None = None
         self._prepared = 0
         self._heard = 0
@@ -50,6 +54,8 @@ class ClusterMember:
         self.generation = 0  # the newest one it is part of (an expert group) or has adopted (a shard)
         self.id = serve.get_replica_context().replica_id.unique_id
         self.index: int | None = None
+        self.registry = CollectorRegistry()  # of this process' metrics; read in another thread
+        self.registry.register(ProcessCollector())
 
     @property
     def alone_s(self) -> float:
@@ -65,6 +71,8 @@ class ClusterMember:
         """
         index = await self._join()
         self._tasks.append(asyncio.create_task(self._keep_joined()))
+        self.registry.register(SampleCollector(lambda: samples_of(self._role, index, self._report)))
+        self._exporter = start_exporter(self._telemetry, self.registry)
         return index
 
     async def take_cores(self, num_threads: int, cluster_threads: int, *, has_relay: bool = False) -> CoreShare:
@@ -116,7 +124,8 @@ class ClusterMember:
     async def report(self, report: dict[str, Any]) -> None:
         """Publish facts about this process; shown by `moeray status` as they are."""
         self._report = report
-        await self._controller.report.remote(self.id, report)
+        shown = {} if self._exporter is None else {"metrics": self._exporter.address}
+        await self._controller.report.remote(self.id, {**report, **shown})
 
     async def placement(self, generation: int) -> dict[str, Any] | None:
         """`Placement.to_json()` of a generation that is in force, proposed or still used; None if it is none of these.
@@ -176,6 +185,8 @@ class ClusterMember:
             await asyncio.wait_for(_awaited(self._controller.leave.remote(self.id)), LEAVE_S)
         if self._lease is not None:
             self._lease.close()
+        if self._exporter is not None:
+            await asyncio.to_thread(self._exporter.stop)
 
     async def _join(self) -> int:
         node = ray.get_runtime_context().get_node_id()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moeray.config import ClusterConfig, ClusterTlsConfig, ConfigError
+from moeray.config import ClusterConfig, ClusterTlsConfig, ConfigError, TelemetryConfig
 from moeray.membership import Delays
 from moeray.placement import Layout, PlacementError, contiguous
 
@@ -36,6 +36,7 @@ class ControllerSettings:
         beat_s: how often a member says that it is alive.
         hang_s: when the controller itself counts as hung.
         cluster_tls: encrypts leases.
+        telemetry: where each process shows its metrics.
     """
 
     model: str
@@ -47,6 +48,7 @@ class ControllerSettings:
     beat_s: float = 1.0
     hang_s: float = 10.0
     cluster_tls: ClusterTlsConfig = field(default_factory=ClusterTlsConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
     @property
     def silence_s(self) -> float:
@@ -76,7 +78,7 @@ def controller_settings(config: ClusterConfig, shape: ModelShape | ServedModel) 
         layout=Layout(shape.num_layers, shape.num_experts, experts.num_redundant, experts.min_copies),
         delays=Delays(join_debounce_s=experts.join_debounce_s, regroup_s=experts.regroup_s),
         rebalance_s=experts.rebalance_s if num_groups else 0.0, redis_url=config.redis.url,
-        hang_s=config.health.hang_s, cluster_tls=config.cluster_tls,
+        hang_s=config.health.hang_s, cluster_tls=config.cluster_tls, telemetry=config.telemetry,
     )  # fmt: skip
 
 

@@ -79,12 +79,13 @@ class Admission:
         self._waiting.discard(admitted)
 
     def describe(self) -> dict[str, float | int | None]:
-        """For status and tests."""
+        """For status, metrics and tests; from any thread, so it counts in copies."""
+        admitted, loads = tuple(self._admitted), tuple(self._loads.values())
         return {
-            "requests": sum(each.need.num_sequences for each in self._admitted),
+            "requests": sum(each.need.num_sequences for each in admitted),
             "waiting": len(self._waiting),
-            "tokens": sum(each.need.num_tokens for each in self._admitted),
-            "kv_tokens": sum(load.kv_tokens for load in self._loads.values()),
+            "tokens": sum(each.need.num_tokens for each in admitted),
+            "kv_tokens": sum(load.kv_tokens for load in loads),
             "seconds_per_start": self._pace.seconds,
         }
 

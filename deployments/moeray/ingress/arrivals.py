@@ -5,17 +5,49 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import time
 from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
 from http import HTTPStatus
 
 from moeray.ingress.errors import REQUEST_ID
+from moeray.telemetry import RequestMetrics
 
 MAX_REQUEST_ID_CHARS = 128
 _REQUEST_ID = re.compile(rf"[A-Za-z0-9._:/+=@-]{{1,{MAX_REQUEST_ID_CHARS}}}", re.ASCII)
 
 
+@dataclass(slots=True)
+class Arrival:
+    """One request at the door.
+
+    Attributes:
+        endpoint: a path or method, of few.
+        code: of the answer; HTTP's number or gRPC's name.
+        tenant: whose it is; empty while nobody showed who he is.
+    """
+
+    protocol: str
+    endpoint: str
+    code: str
+    tenant: str = ""
+
+
+_ARRIVAL: ContextVar[Arrival | None] = ContextVar("the request at the door that this task handles", default=None)
+
+
+def came_from(tenant: str) -> None:
+    """The request that this task handles is this tenant's."""
+    if (arrival := _ARRIVAL.get()) is not None:
+        arrival.tenant = tenant
+
+
 class Arrivals:
     """Single event loop.
+
+    Args:
+        metrics: told of every request at its end.
 
     Attributes:
         is_leaving: the ingress stops: it is not ready any more, and connections that are open end with their answers.
@@ -23,7 +55,8 @@ class Arrivals:
         num_in_hand: requests that arrived and are not answered to their end.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: RequestMetrics | None = None) -> None:
+        self._metrics = metrics or RequestMetrics()
         self.is_leaving = self.is_closed = False
         self.num_in_hand = 0
         self._none_in_hand = asyncio.Event()
@@ -34,6 +67,20 @@ class Arrivals:
 
     def close(self) -> None:
         self.is_leaving = self.is_closed = True
+
+    @contextlib.contextmanager
+    def counted(self, arrival: Arrival) -> Iterator[None]:
+        """This task handles the request inside the block; what is known of it at the end is counted."""
+        begun = time.monotonic()
+        _ARRIVAL.set(arrival)
+        try:
+            yield
+        finally:
+            _ARRIVAL.set(None)  # not a token's reset: an abandoned stream is closed by another task than it began in
+            self._metrics.ended(
+                tenant=arrival.tenant, protocol=arrival.protocol, endpoint=arrival.endpoint, code=arrival.code,
+                seconds=time.monotonic() - begun,
+            )  # fmt: skip
 
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:

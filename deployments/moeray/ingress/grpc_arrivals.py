@@ -7,7 +7,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 from uuid import uuid4
 
-from moeray.ingress.arrivals import Arrivals, checked_request_id
+import grpc
+
+from moeray.ingress.arrivals import Arrival, Arrivals, checked_request_id
 from moeray.ingress.errors import REQUEST_ID, abort
 from moeray.ingress.grpc_calls import AroundCalls, Context, Handler
 from moeray.vllm_hooks.admission import Refused
@@ -24,10 +26,26 @@ class GrpcArrivals(AroundCalls):
         return method.startswith(self._prefix)
 
     @asynccontextmanager
-    async def around(self, _: Any, context: Context) -> AsyncIterator[None]:
-        await _name(context)
-        with self._arrivals.taken():
-            yield
+    async def around(self, method: str, _: Any, context: Context) -> AsyncIterator[None]:
+        arrival = Arrival("grpc", method.removeprefix(self._prefix), grpc.StatusCode.CANCELLED.name)
+        with self._arrivals.counted(arrival):
+            try:
+                await _name(context)
+                with self._arrivals.taken():
+                    yield
+            except Exception:
+                arrival.code = _code(context, grpc.StatusCode.UNKNOWN)
+                raise
+            arrival.code = _code(context, grpc.StatusCode.OK)
+
+
+def _code(context: Context, otherwise: grpc.StatusCode) -> str:
+    """What the call is answered with."""
+    given = context.code()
+    if isinstance(given, int):
+        given = next((each for each in grpc.StatusCode if each.value[0] == given), None)
+    name: str = (given if given not in (None, grpc.StatusCode.OK) else otherwise).name
+    return name
 
 
 def given_id(context: Context) -> str | None:

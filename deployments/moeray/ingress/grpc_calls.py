@@ -18,7 +18,7 @@ class AroundCalls(grpc.aio.ServerInterceptor, ABC):  # type: ignore[misc]
     """Enters `around` before the call's behaviour begins, and leaves it after the last message or the error."""
 
     @abstractmethod
-    def around(self, request: Any, context: Context) -> AbstractAsyncContextManager[None]: ...
+    def around(self, method: str, request: Any, context: Context) -> AbstractAsyncContextManager[None]: ...
 
     def is_for(self, method: str, handler: Handler) -> bool:
         """Whether calls of this method (/service/name) concern it."""
@@ -40,21 +40,25 @@ class AroundCalls(grpc.aio.ServerInterceptor, ABC):  # type: ignore[misc]
         behaviour = getattr(handler, kind)
         # Streams are generators, or coroutines that write (`Watch` of the health service).
         yields = handler.response_streaming and not iscoroutinefunction(behaviour)
-        wrapped = self._yielding(behaviour) if yields else self._returning(behaviour)
+        wrapped = (self._yielding if yields else self._returning)(details.method, behaviour)
         make = getattr(grpc, f"{kind}_rpc_method_handler")
         made: Handler = make(wrapped, self.reading(handler.request_deserializer), handler.response_serializer)
         return made
 
-    def _returning(self, behaviour: Callable[[Any, Context], Awaitable[Any]]) -> Callable[[Any, Context], Any]:
+    def _returning(
+        self, method: str, behaviour: Callable[[Any, Context], Awaitable[Any]]
+    ) -> Callable[[Any, Context], Any]:
         async def answer(request: Any, context: Context) -> Any:
-            async with self.around(request, context):
+            async with self.around(method, request, context):
                 return await behaviour(request, context)
 
         return answer
 
-    def _yielding(self, behaviour: Callable[[Any, Context], AsyncIterator[Any]]) -> Callable[[Any, Context], Any]:
+    def _yielding(
+        self, method: str, behaviour: Callable[[Any, Context], AsyncIterator[Any]]
+    ) -> Callable[[Any, Context], Any]:
         async def answer(request: Any, context: Context) -> AsyncIterator[Any]:
-            async with self.around(request, context):
+            async with self.around(method, request, context):
                 async for message in behaviour(request, context):
                     yield message
 

@@ -85,7 +85,7 @@ class ReadableRequests(AroundCalls):
         return read
 
     @asynccontextmanager
-    async def around(self, request: Any, context: Context) -> AsyncIterator[None]:
+    async def around(self, _: str, request: Any, context: Context) -> AsyncIterator[None]:
         if isinstance(request, _Refused):
             await abort(context, request.error)
         yield

@@ -53,7 +53,8 @@ class Ingress:
                     "engine_args": config.attention.engine_args,
                     "experts_in": experts_in(config, describe_model(directory)),
                 },
-            )
+            ),
+            self._member.registry,
         )
         await self._server.start(self._link)
         self._watched = guard(config.health.hang_s)

@@ -16,11 +16,13 @@ from moeray.ingress.arrivals import Arrivals
 from moeray.ingress.ports import bind
 from moeray.ingress.shard_link import SILENCE_S
 from moeray.mutual_tls import ClusterCertificate
+from moeray.telemetry import RequestMetrics, SampleCollector
 
 if TYPE_CHECKING:
     import grpc
     from fastapi import FastAPI
     from grpc_health.v1 import health
+    from prometheus_client import CollectorRegistry
 
     from moeray.ingress.certificates import Certificates
     from moeray.ingress.http_server import HttpServer
@@ -66,14 +68,20 @@ class IngressSettings:
 
 
 class IngressServer:
-    """`start`, then `set_shards` as often as membership changes, then `stop`."""
+    """`start`, then `set_shards` as often as membership changes, then `stop`.
 
-    def __init__(self, settings: IngressSettings) -> None:
+    Args:
+        registry: gets this ingress' metrics; read by `/metrics` and, in other threads, by whoever else has it.
+    """
+
+    def __init__(self, settings: IngressSettings, registry: CollectorRegistry | None = None) -> None:
         self.settings = settings
+        self._model = str(settings.front["model_name"])
+        self._metrics = RequestMetrics(self._model, registry)
         self.http_port = self.grpc_port = 0
         self._front: Front | None = None
         self._pool: ShardPool | None = None
-        self._arrivals = Arrivals()
+        self._arrivals = Arrivals(self._metrics)
         self._http: HttpServer | None = None
         self._grpc: grpc.aio.Server | None = None
         self._health: health.aio.HealthServicer | None = None
@@ -102,6 +110,7 @@ class IngressServer:
             self._certificates = Certificates(settings.tls)
         if settings.tenants is not None:
             self._tenants = await settings.tenants()
+            self._tenants.metrics = self._metrics
         # First of all: a taken port must not cost the seconds that the front takes.
         http_socket = bind(settings.host, settings.http_port, "ingress.http_port", shared=settings.shares_ports)
         grpc_socket = bind(settings.host, settings.grpc_port, "ingress.grpc_port", shared=settings.shares_ports)
@@ -191,7 +200,7 @@ class IngressServer:
             hello = wire.Hello(wire.PROTOCOL_VERSION, vllm, model, f"ingress {self.settings.name}")
             self._pool = ShardPool(
                 hello, self.settings.limits, silence_s=self.settings.silence_s, stall_s=self.settings.stall_s,
-                on_begun=self._tenants.begun if self._tenants is not None else None,
+                metrics=self._metrics, on_begun=self._tenants.begun if self._tenants is not None else None,
                 certificate=ClusterCertificate.of(self.settings.cluster_tls), kv_cache=self.settings.kv_cache,
             )  # fmt: skip
             pool: RequestPool = self._pool
@@ -217,10 +226,13 @@ class IngressServer:
 
     async def _start_http(self, listener: socket.socket) -> None:
         from moeray.ingress.http_server import add_probes, start_http
+        from moeray.ingress.metrics import add_metrics, samples_of_pool
 
         assert self._front is not None and self._pool is not None
         app = self._front.openai.app
         add_probes(app, self._pool, self._arrivals, lambda: self._unknown_tenants)
+        self._metrics.registry.register(SampleCollector(partial(samples_of_pool, self._model, self._pool)))
+        add_metrics(app, self._metrics.registry, self._sees)
         if self.settings.limits.batches.directory:
             self._batches_task = self._start_batches(app)
         door: Callable[[Any], Any] | None = None
@@ -230,6 +242,15 @@ class IngressServer:
             door = partial(HttpDoor, tenants=self._tenants)
         self.http_port = listener.getsockname()[1]
         self._http = await start_http(app, listener, self._arrivals, self._certificates, self.settings.limits, door)
+
+    def _sees(self) -> str | None:
+        """The tenant that asks, if it may not see the others' numbers; "" if nobody knows who asks."""
+        if self._tenants is None:
+            return None
+        from moeray.ingress.tenants.call import current_call
+
+        call = current_call()
+        return "" if call is None else None if call.tenant.is_admin else call.tenant.name
 
     def _start_batches(self, app: FastAPI) -> asyncio.Task[None]:
         """Serve the batch API and run what is there already."""

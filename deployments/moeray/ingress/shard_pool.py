@@ -28,6 +28,7 @@ from moeray.ingress.shard_link import SILENCE_S, LinkState, ShardLink
 from moeray.ingress.suspects import Suspects
 from moeray.ingress.waiting import Waiting
 from moeray.mutual_tls import ClusterCertificate
+from moeray.telemetry import RequestMetrics
 from moeray.vllm_hooks.admission import Need, Place, place_being_filled
 from moeray.vllm_hooks.engine_core import NoShardReady, RequestFailed
 
@@ -52,6 +53,7 @@ class ShardPool:
         wait_s: how long a request waits for a shard; None is WAIT_S, or `limits.max_wait_s` if that is shorter.
         silence_s: a shard that says nothing for so long is lost.
         stall_s: `experts.wait_s`; a request that waited for experts as long when its shard is lost, fails.
+        metrics: told how requests go.
         on_begun: told the priorities of requests, of any ingress, that got their first token.
         kv_cache: where shards can fetch each other's blocks from; None: nowhere.
 
@@ -69,6 +71,7 @@ class ShardPool:
         wait_s: float | None = None,
         silence_s: float = SILENCE_S,
         stall_s: float = ExpertsConfig.wait_s,
+        metrics: RequestMetrics | None = None,
         on_begun: Callable[[list[int]], None] | None = None,
         certificate: ClusterCertificate | None = None,
         kv_cache: KvCacheConfig | None = None,
@@ -78,6 +81,7 @@ class ShardPool:
         self.in_flight: dict[str, InFlight] = {}
         self.continued = 0
         self.level = ServiceLevel()
+        self._metrics = metrics or RequestMetrics()
         self.prefixes = PrefixIndex()
         self._kv_cache = kv_cache or KvCacheConfig(host_bytes=0)
         self._pool = ["pool"] if self._kv_cache.redis_url else []
@@ -121,10 +125,10 @@ class ShardPool:
         return len(self._waiting)
 
     def describe(self) -> dict[str, dict[str, object]]:
-        """Per shard: address, state, why it is not ready, requests of this ingress."""
+        """Per shard: address, state, why it is not ready, requests of this ingress. From any thread."""
         return {
             shard: {"address": link.address, "state": link.state.value, "why": link.why, "requests": self._load[shard]}
-            for shard, link in self._links.items()
+            for shard, link in tuple(self._links.items())
         }
 
     def hold(self, reason: str) -> None:
@@ -263,7 +267,9 @@ class ShardPool:
         now = asyncio.get_running_loop().time()
         if output.new_token_ids:
             cached = None if known.token_ids else getattr(output.prefill_stats, "num_cached_tokens", 0)
-            self.level.answered(now - known.progress_at, len(output.new_token_ids), cached)
+            progress = (now - known.progress_at, len(output.new_token_ids), cached)
+            self.level.answered(*progress)
+            self._metrics.answered(*progress)
         known.record(output, now)
         if known.place is not None:
             known.place.answered()
@@ -314,7 +320,12 @@ class ShardPool:
         self._suspects.start(known, shard)
         if known.attempts:
             self.continued += 1
+            self._metrics.replayed()
             logger.warning("%s goes on on %s after %d tokens", known.request_id, shard, len(known.token_ids))
+        else:
+            self._metrics.placed(
+                asyncio.get_running_loop().time() - known.progress_at, len(known.request.prompt_token_ids or ())
+            )
         request = known.start_on(shard)
         self._by_wire_id[known.wire_id] = known
         self._links[shard].send(wire.Add(wire.copied(self._encoder.encode(request))))

@@ -123,7 +123,7 @@ async def test_a_member_that_has_joined_again_says_everything_until_the_controll
     told = actor.life._state.members["me"]
     assert actor.unanswered == {unanswered: 0}
     assert told.address == "10.0.0.1:1"
-    assert actor.life._reports["me"] == {"stage": "serving"}
+    assert actor.life._reports["me"]["stage"] == "serving"
     await shard.leave()
 
 

@@ -134,7 +134,8 @@ limits = st.builds(Limits, *[counts] * 5)
         names,
         st.fixed_dictionaries({
             "limits": limits, "priority": st.integers(-1000, 1000), "weight": st.sampled_from([0.5, 1.0, 3.0]),
-            "shares_cache": st.booleans(), "models": st.lists(st.text(min_size=1, max_size=5), max_size=2).map(tuple),
+            "shares_cache": st.booleans(), "is_admin": st.booleans(),
+            "models": st.lists(st.text(min_size=1, max_size=5), max_size=2).map(tuple),
             "num_keys": st.integers(0, 2),
         }),
         max_size=3,

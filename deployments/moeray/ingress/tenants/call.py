@@ -142,6 +142,7 @@ class Call:
                 )
             except QuotaExceeded as error:
                 self.refusal = error
+                self.tenants.metrics.quota_refused(self.tenant.name, error.limit)
                 raise refused(error) from error
             except QuotaStoreDown as error:
                 raise refused(error) from error

@@ -31,7 +31,7 @@ class GrpcDoor(AroundCalls):
         return not method.startswith(PUBLIC_SERVICE)
 
     @asynccontextmanager
-    async def around(self, _: Any, context: Context) -> AsyncIterator[None]:
+    async def around(self, method: str, request: Any, context: Context) -> AsyncIterator[None]:
         call = await self._call(context)
         with call.handled():
             yield

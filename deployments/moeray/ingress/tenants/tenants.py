@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
+from moeray.ingress.arrivals import came_from
 from moeray.ingress.tenants.call import Call
 from moeray.ingress.tenants.refusals import refused
+from moeray.telemetry import RequestMetrics
 from moeray.tenancy import (
     Authenticator,
     FairClock,
@@ -43,6 +45,7 @@ class Tenants:
     Attributes:
         model: the served model name.
         secret: of the cluster, for cache salts.
+        metrics: told what calls took, and which were refused.
         watches: what `run` runs beside the registry's.
     """
 
@@ -53,6 +56,7 @@ class Tenants:
     secret: bytes
     loop: asyncio.AbstractEventLoop
     tokens: TokenVerifier | None = None
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
     watches: Sequence[Callable[[], Coroutine[Any, Any, None]]] = ()
     _clocks: defaultdict[int, FairClock] = field(default_factory=lambda: defaultdict(FairClock))
     _settling: set[asyncio.Task[None]] = field(default_factory=set)
@@ -84,6 +88,7 @@ class Tenants:
             principal = Authenticator(self.registry, self.tokens).authenticate(credential_of(headers), peer_names)
         except Unauthenticated as error:
             raise refused(error) from error
+        came_from(principal.tenant.name)
         return Call(self, principal, protocol)
 
     def call_of(self, tenant: str, protocol: str) -> Call:
@@ -126,6 +131,8 @@ class Tenants:
     def end(self, call: Call, record: UsageRecord, *, is_free: bool) -> None:
         """A call is over. From any thread: an abandoned stream may be found by the collector."""
         self.usage.record(record)
+        taken = {"prompt": record.prompt_tokens, "cached": record.cached_tokens, "answer": record.completion_tokens}
+        self.metrics.charged(record.tenant, taken)
         for each in call.reservations:
             end = self.quotas.release(each) if is_free else self.quotas.settle(each, each.used)
             self.loop.call_soon_threadsafe(self._settle, end)
