@@ -17,6 +17,7 @@ from google.protobuf.json_format import ParseDict
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
+from prometheus_client.parser import text_string_to_metric_families
 from tenants import Tenants
 
 from moeray.v1 import inference_pb2 as pb
@@ -237,3 +238,31 @@ def _detail(error: grpc.RpcError, kind: Any) -> Any:
     found = kind()
     assert any(each.Unpack(found) for each in status.details)
     return found
+
+
+def test_metrics_show_a_tenant_its_own_numbers_and_an_admin_all(
+    guarded: Ingress, known: Callable[..., dict[str, str]]
+) -> None:
+    fields: dict[str, dict[str, Any]] = {
+        "m1": {},
+        "m2": {},
+        "hasty": {"requests_per_minute": 1},
+        "watcher": {"is_admin": True},
+    }
+    who = {name: known(name, **given) for name, given in fields.items()}
+    for name in ("m1", "m2"):
+        assert ask(guarded, who[name], max_tokens=4)[0] == 200
+    assert [ask(guarded, who["hasty"], max_tokens=1)[0] for _ in range(2)] == [200, 429]
+
+    def seen(name: str) -> dict[tuple[str, str], float]:
+        request = urllib.request.Request(f"{guarded.http}/metrics", headers=who[name])
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            families = list(text_string_to_metric_families(answer.read().decode()))
+        samples = [each for family in families for each in family.samples if each.labels.get("tenant")]
+        answers = [each for each in samples if each.labels.get("kind", "answer") == "answer"]
+        return {(each.name, each.labels["tenant"]): each.value for each in answers}
+
+    everybody = seen("watcher")
+    assert everybody["moeray_tenant_tokens_total", "m1"] == everybody["moeray_tenant_tokens_total", "m2"] == 4
+    assert everybody["moeray_quota_rejections_total", "hasty"] == 1
+    assert {tenant for _, tenant in seen("m1")} == {"m1"}

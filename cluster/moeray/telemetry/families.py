@@ -96,7 +96,11 @@ STAGE = _gauge("moeray_member_serving", "1 once a process has nothing left to lo
 SEQUENCES = _gauge("moeray_shard_sequences", "Sequences in a shard's engine.", *_MEMBER, "state")
 HOP_CALLS = _counter("moeray_hop_calls_total", "Calls of expert groups, one for each layer of a step.", *_MEMBER)
 HOP_TOKENS = _counter("moeray_hop_tokens_total", "Tokens in these calls.", *_MEMBER)
-HOP_SECONDS = _counter("moeray_hop_seconds_total", "Time of these calls by stage.", *_MEMBER, "stage")
+HOP_SECONDS = _counter(
+    "moeray_hop_seconds_total", "Time of these calls: dispatch, overlap (the shared expert), combine (the wait).",
+    *_MEMBER, "part",
+)  # fmt: skip
+HOP_STAGES = _gauge("moeray_hop_stage_seconds", "Mean time of a call by stage, in this generation.", *_MEMBER, "stage")
 HOP_FAILURES = _counter("moeray_hop_failures_total", "Calls that were sent again: a group was lost.", *_MEMBER)
 HOP_STALLED = _counter("moeray_hop_stalled_seconds_total", "Time that calls waited for lost experts.", *_MEMBER)
 HOP_LONGEST = _gauge("moeray_hop_longest_stall_seconds", "The longest of these waits.", *_MEMBER)

@@ -59,8 +59,11 @@ def _hop(me: tuple[str, ...], hop: Mapping[str, Any]) -> Iterator[Sample]:
     ):  # fmt: skip
         if key in hop:
             yield Sample(family, me, hop[key] * unit)
+    for part in ("dispatch", "overlap", "combine"):
+        if f"{part}_us" in hop:
+            yield Sample(f.HOP_SECONDS, (*me, part), hop[f"{part}_us"] * _MICRO)
     for stage, spent_us in hop.get("stages", {}).items():
-        yield Sample(f.HOP_SECONDS, (*me, stage), spent_us * _MICRO)
+        yield Sample(f.HOP_STAGES, (*me, stage), spent_us * _MICRO)
 
 
 def _kv_cache(me: tuple[str, ...], kv_cache: Mapping[str, Any]) -> Iterator[Sample]:

@@ -15,7 +15,8 @@ SHARD: dict[str, Any] = {
     "stage": "serving", "running": 3, "waiting": 1, "weights": {"bytes": 100},
     "hop": {
         "generation": 2, "calls": 8, "tokens": 64, "failures": 1, "stalled_us": 2e6, "longest_stall_us": 5e5,
-        "stages": {"pack": 1e6, "exchange": 3e6}, "steps": 2, "step_tokens": 16, "steps_us": 4e6,
+        "stages": {"pack": 10, "exchange": 30}, "dispatch_us": 1e6, "combine_us": 3e6,
+        "steps": 2, "step_tokens": 16, "steps_us": 4e6,
     },
     "kv_cache": {
         "choices": {"fetch": 4}, "fetched_tokens": 32,
@@ -60,7 +61,8 @@ def test_a_shards_report_in_base_units() -> None:
     found = values("attention_shard", SHARD)
     assert found["moeray_member_serving",] == 1
     assert found["moeray_shard_sequences", "running"] == 3
-    assert found["moeray_hop_seconds_total", "exchange"] == 3.0
+    assert found["moeray_hop_seconds_total", "combine"] == 3.0
+    assert found["moeray_hop_stage_seconds", "exchange"] == pytest.approx(30e-6)
     assert found["moeray_hop_stalled_seconds_total",] == 2.0
     assert found["moeray_hop_longest_stall_seconds",] == 0.5
     assert found["moeray_step_seconds_total",] == 4.0
