@@ -131,7 +131,7 @@ EXPERT_SECONDS = _counter("moeray_expert_seconds_total", "Time that a group comp
 EXPERT_COPIES = _gauge("moeray_expert_copies", "Redundant expert slots that a group holds, of a layer.", *_MEMBER)
 ENGRAM_ROWS = _counter("moeray_engram_rows_sent_total", "Rows that an Engram row server has sent.", *_MEMBER)
 
-# ---- of the cluster, by its controller
+# ---- of the cluster, by its controller; every ingress shows them
 
 GENERATION = _gauge("moeray_generation", "The generation in force; 0 before the first.")
 COMPLETE = _gauge("moeray_generation_complete", "1 while every group of the generation lives.")

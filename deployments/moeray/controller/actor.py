@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-from prometheus_client import CollectorRegistry
 
 from moeray.controller.core_ledger import CoreLedger
 from moeray.controller.keeper import Keeper
@@ -29,7 +28,7 @@ from moeray.membership import Charge, Membership, MemberState, Role, SnapshotErr
 from moeray.membership.snapshot import from_json
 from moeray.mutual_tls import ClusterCertificate
 from moeray.placement import CoreShare, Machine, Placement, Wanted
-from moeray.telemetry import Exporter, ProcessCollector, SampleCollector, start_exporter
+from moeray.telemetry import Sample
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +52,6 @@ class Controller:
         self._leases = LeaseServer(
             self._lost, silence_s=settings.silence_s, certificate=ClusterCertificate.of(settings.cluster_tls)
         )
-        self._exporter: Exporter | None = None
         self._lease_address: asyncio.Task[str] | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -174,6 +172,10 @@ class Controller:
         if self._keeper is not None:
             await self._keeper.close()
 
+    async def samples(self) -> list[Sample]:
+        """The cluster's own numbers, for whoever shows them (`moeray.controller.mirror`)."""
+        return list(self._metrics.samples(self._state))
+
     async def state(self) -> dict[str, Any]:
         """What `moeray status --json` prints, plus the generation's completeness."""
         mismatches = self._state.mismatches()
@@ -190,8 +192,7 @@ class Controller:
             "autoscaling": self._scaling,
             "processes": [
                 {"role": Role.CONTROLLER, "id": CONTROLLER_NAME, "pid": os.getpid(), "node": _node_id(),
-                 "state": MemberState.READY,
-                 **({} if self._exporter is None else {"metrics": self._exporter.address})},
+                 "state": MemberState.READY},
                 *(
                     {"role": member.role, "id": member.id, "pid": member.pid, "node": member.node,
                      "state": member.state, "index": member.index,
@@ -293,10 +294,6 @@ class ControllerActor(Controller):
 
     def __init__(self, settings: ControllerSettings) -> None:
         super().__init__(settings, open_store(settings.redis_url, ray.get_runtime_context().get_actor_id()))
-        registry = CollectorRegistry()
-        registry.register(ProcessCollector())
-        registry.register(SampleCollector(lambda: self._metrics.samples(self._state)))
-        self._exporter = start_exporter(settings.telemetry, registry)
         self._watched = guard(settings.hang_s)
 
 

@@ -16,6 +16,7 @@ from ray import serve
 
 from moeray.controller.actor import controller
 from moeray.controller.lease import Lease
+from moeray.controller.mirror import ControllerMirror
 from moeray.controller.settings import ControllerSettings
 from moeray.membership import Charge, MembershipError, Role, View
 from moeray.mutual_tls import CertificateError, ClusterCertificate
@@ -71,6 +72,10 @@ class ClusterMember:
         """
         index = await self._join()
         self._tasks.append(asyncio.create_task(self._keep_joined()))
+        if self._role is Role.INGRESS:
+            mirror = ControllerMirror(self._controller)
+            self._tasks.append(asyncio.create_task(mirror.run()))
+            self.registry.register(SampleCollector(mirror.samples))
         self.registry.register(SampleCollector(lambda: samples_of(self._role, index, self._report)))
         self._exporter = start_exporter(self._telemetry, self.registry)
         return index

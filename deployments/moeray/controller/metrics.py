@@ -15,7 +15,7 @@ from moeray.telemetry import families as f
 
 @dataclass(slots=True)
 class ControllerMetrics:
-    """What happened while this controller lives; counted on its event loop, read by the exporter's thread."""
+    """What happened while this controller lives."""
 
     losses: Counter[str] = field(default_factory=Counter)
     generations: int = 0
@@ -57,8 +57,8 @@ class ControllerMetrics:
                 yield Sample(f.LOSSES, (role,), self.losses[role])
         if state.target:
             yield Sample(f.WANTED, ("experts",), state.target)
-        for pool, count in dict(self.wanted).items():
+        for pool, count in self.wanted.items():
             if pool != "experts":
                 yield Sample(f.WANTED, (pool,), count)
-        for labels, count in dict(self.scaling).items():
+        for labels, count in self.scaling.items():
             yield Sample(f.SCALING, labels, count)
