@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,3 +58,11 @@ def test_links_within_the_repository_lead_to_files(document: Path) -> None:
     text = FENCED.sub("", document.read_text(encoding="utf-8"))
     targets = [each for each in LINK.findall(text) if "://" not in each and not each.startswith("mailto:")]
     assert [each for each in targets if not (document.parent / each).exists()] == []
+
+
+def test_the_page_of_metrics_is_what_its_script_writes() -> None:
+    checked = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "document_metrics.py", "--check"],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert checked.returncode == 0, checked.stdout + checked.stderr

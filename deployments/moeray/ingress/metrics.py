@@ -15,9 +15,7 @@ from moeray.telemetry import Sample
 from moeray.telemetry import families as f
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
-    from starlette.requests import Request
-    from starlette.responses import Response
+    from fastapi import FastAPI, Request, Response
 
     from moeray.ingress.shard_pool import ShardPool
 
@@ -55,7 +53,7 @@ def add_metrics(app: FastAPI, registry: CollectorRegistry, sees: Callable[[], st
     Args:
         sees: the tenant whose numbers alone the one who asks may see; None: all.
     """
-    from starlette.responses import Response as Answer
+    from fastapi import Response as Answer
 
     async def metrics(request: Request) -> Response:
         tenant = sees()

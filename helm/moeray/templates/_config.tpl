@@ -52,6 +52,21 @@ A process asks Ray for one CPU, and each pod offers as many as it has room for p
 {{- toJson (dict "count" $count "most" $most "gpus" (default 0 (first $shares))) -}}
 {{- end -}}
 
+{{/* Whether somebody is to reach the processes' metrics. */}}
+{{- define "moeray.metricsOn" -}}{{- if .Values.monitoring.podMonitor -}}true{{- end -}}{{- end -}}
+
+{{/* The first of the ports at which the processes of a pod show them; "" where they show none. */}}
+{{- define "moeray.metricsPort" -}}
+{{- $port := int (dig "telemetry" "metrics_port" 9464 .) -}}{{- if $port -}}{{ $port }}{{- end -}}
+{{- end -}}
+
+{{/* The most processes that a pod has. */}}
+{{- define "moeray.mostProcesses" -}}
+{{- $most := 0 -}}
+{{- range fromJson (include "moeray.groups" .) -}}{{- $most = max $most (int .processes) -}}{{- end -}}
+{{- $most -}}
+{{- end -}}
+
 {{- define "moeray.derivedConfig" -}}
 {{- $groups := fromJson (include "moeray.groups" .) -}}
 {{- $derived := dict "redis" (dict "url" (include "moeray.redisUrl" .)) "tenants" (dict) -}}
@@ -66,6 +81,7 @@ A process asks Ray for one CPU, and each pod offers as many as it has room for p
 {{- if or (ne $pool "engram") (gt (int $found.most) 0) -}}{{- $_ := set $derived $pool $section -}}{{- end -}}
 {{- end -}}
 {{- $_ := set $derived.ingress "host" "0.0.0.0" -}}
+{{- if include "moeray.metricsOn" . -}}{{- $_ := set $derived "telemetry" (dict "metrics_host" "0.0.0.0") -}}{{- end -}}
 {{- if ne (include "moeray.checkpointSource" .) "none" -}}{{- $_ := set $derived "model" .Values.checkpoint.mountPath -}}{{- end -}}
 {{- if eq (dig "tenants" "auth" "required" .Values.config | toString) "required" -}}
 {{- $_ := set $derived.tenants "secret_file" "/etc/moeray/tenants/cache-salt" -}}

@@ -123,6 +123,12 @@ spec:
 {{ end -}}
 - {name: agent, containerPort: 52365}
 - {name: metrics, containerPort: 8080}
+{{- $first := include "moeray.metricsPort" .config }}
+{{- if and .pool $first (include "moeray.metricsOn" .root) }}
+{{- range $place := until (int .pod.processes) }}
+- {name: moeray-{{ $place }}, containerPort: {{ add (int $first) $place }}}
+{{- end }}
+{{- end }}
 {{- if eq .pool "ingress" }}
 - {name: http, containerPort: {{ .config.ingress.http_port }}}
 - {name: grpc, containerPort: {{ .config.ingress.grpc_port }}}

@@ -69,7 +69,9 @@ def _is_peer(named: dict[str, Any], peer: Peer) -> bool:
 def _names_port(named: list[dict[str, Any]] | None, target: Peer, port: int, protocol: str) -> bool:
     if named is None:
         return True
-    return any(
-        each.get("protocol", "TCP") == protocol and target.ports.get(str(each["port"]), each["port"]) == port
-        for each in named
-    )
+    return any(each.get("protocol", "TCP") == protocol and _has_port(each, target, port) for each in named)
+
+
+def _has_port(named: dict[str, Any], target: Peer, port: int) -> bool:
+    first = target.ports.get(str(named["port"]), named["port"])
+    return bool(first == port or ("endPort" in named and first <= port <= named["endPort"]))

@@ -124,9 +124,14 @@ def test_the_uninstalling_job_reaches_the_api_server_and_nothing_else() -> None:
 def test_metrics_are_scraped_where_monitors_are_asked_for() -> None:
     policies, pods = release({})
     assert not reaches(policies, PROMETHEUS, pods["head"], 8080)
-    policies, pods = release({"monitoring": {"podMonitor": True}})
+    values = {"monitoring": {"podMonitor": True}, "workerGroups": {"attention": {"processesPerPod": 2}}}
+    policies, pods = release(values)
     assert reaches(policies, PROMETHEUS, pods["head"], 8080)
     assert not reaches(policies, PROMETHEUS, pods["head"], 8265)
+    for port in (9464, 9465):
+        assert reaches(policies, PROMETHEUS, pods["attention"], port)
+        assert not reaches(policies, STRANGER, pods["attention"], port)
+    assert not reaches(policies, PROMETHEUS, pods["attention"], 9466)
 
 
 def test_spans_go_where_they_are_said_to_go() -> None:

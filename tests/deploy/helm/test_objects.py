@@ -160,7 +160,7 @@ def test_routes_lead_to_ports_of_the_service() -> None:
 def test_monitors_select_what_they_scrape() -> None:
     manifests = render({"monitoring": {"podMonitor": True, "serviceMonitor": True}})
     pod_monitor, service_monitor = one(manifests, "PodMonitor")["spec"], one(manifests, "ServiceMonitor")["spec"]
-    (endpoint,) = pod_monitor["podMetricsEndpoints"]
+    endpoint = pod_monitor["podMetricsEndpoints"][0]
     for pod in ray_pods(manifests).values():
         assert matches(pod_monitor["selector"], pod["metadata"]["labels"])
         assert endpoint["port"] in {port["name"] for port in pod["spec"]["containers"][0]["ports"]}

@@ -60,7 +60,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"tls": {"ingress": {"certManager": {"enabled": True}}}}, "tls.ingress.certManager.issuerRef: who signs"),
     ({"tls": {"ingress": {"clientCaSecret": "clients"}}}, "tls.ingress.clientCaSecret: needs a certificate"),
-    ({"monitoring": {"prometheusRule": True}}, "monitoring.rules: no rules come with the chart yet"),
+    ({"monitoring": {"prometheusRule": True, "alerts": False}}, "monitoring.prometheusRule: there is nothing in it"),
     ({"monitoring": {"interval": "often"}}, "/monitoring/interval"),
     ({"priorityClasses": {"create": {"high": "very"}}}, "/priorityClasses/create/high.*want integer"),
     ({"image": {"digest": "sha256:short"}}, "/image/digest"),
