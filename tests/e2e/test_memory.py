@@ -41,6 +41,7 @@ def engine_bytes(running: Cluster) -> int:
     return psutil.Process(shard["engine_pid"]).memory_info().rss
 
 
+@pytest.mark.full
 def test_a_shards_memory_lacks_the_routed_experts_and_each_group_holds_its_half(tmp_path: Path) -> None:
     model = str(widened(tmp_path / "wide"))
     one = {"model": model, "attention": {"num_shards": 1}}

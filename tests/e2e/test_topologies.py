@@ -39,8 +39,8 @@ def reference(shared_cluster: Cluster, golden: list[dict[str, Any]]) -> list[str
 @pytest.mark.parametrize(
     ("shards", "groups", "backend"),
     [
-        (1, 1, "gloo"),
-        (1, 2, "gloo"),
+        pytest.param(1, 1, "gloo", marks=pytest.mark.full),
+        pytest.param(1, 2, "gloo", marks=pytest.mark.full),
         (2, 4, "gloo"),
         pytest.param(1, 2, "local", marks=pytest.mark.full),
         (1, 0, "gloo"),  # the same experts in the shard as `local`
