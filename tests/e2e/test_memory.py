@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import psutil
+import pytest
 import torch
 from clusters import Cluster, cluster
 from safetensors.torch import load_file, save_file
